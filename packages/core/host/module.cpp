@@ -1,0 +1,10 @@
+// The Python module flashinfer_core._host. Tensors cross as addresses, parameter structs as buffers.
+#include <pybind11/pybind11.h>
+
+#include "bindings.h"
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Driver, CPU executor and planner of flashinfer_core; private, its typed front is Python.";
+  flashinfer::host::bind_planner(m);
+  flashinfer::host::bind_cpu(m);
+}

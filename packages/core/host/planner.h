@@ -1,0 +1,48 @@
+// Checks and buffer arithmetic around the plan of kernels/core/plan.h, for lengths in host memory.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "core/plan.h"
+
+namespace flashinfer::host {
+
+// The caller's buffer cannot hold the plan.
+struct BufferTooSmall : std::length_error {
+  using std::length_error::length_error;
+};
+
+// Byte offsets in a plan's buffer. They depend on the number of workers only: a captured CUDA graph stays valid.
+struct PlanOffsets {
+  int64_t num_merges;
+  int64_t merges;
+  int64_t items;
+};
+
+struct PlanResult {
+  PlanCounts counts;
+  int64_t partial_rows;
+  int64_t used_bytes;
+};
+
+struct UniformResult {
+  UniformWork work;
+  int64_t num_items;
+  int64_t partial_rows;
+};
+
+PlanOffsets plan_offsets(int64_t num_workers);
+
+// Bytes that no plan for at most these maxima exceeds.
+int64_t plan_bytes(int64_t total_q, int64_t num_requests, int64_t group, int64_t kv_heads, int64_t tile_rows,
+                   int64_t num_workers);
+
+// Throws std::invalid_argument for lengths that make no sense and BufferTooSmall; writes nothing then.
+PlanResult plan(const PlanShape& shape, const PlanLengths& lengths, int64_t max_partial_rows, void* out,
+                int64_t out_bytes);
+
+// `work` with equal pieces so many that kv_heads * tiles * pieces fills the workers well.
+UniformResult uniform_plan(const PlanShape& shape, int32_t q_len, int32_t kv_len, int64_t max_partial_rows);
+
+}  // namespace flashinfer::host

@@ -1,0 +1,282 @@
+// From lengths to work: a stream-K schedule over tiles of packed rows, and its closed form for a single request.
+//
+// All tiles are laid end to end, each as long as its key tiles plus one for starting it; the whole is cut into equal
+// ranges, one for each worker. So at most workers - 1 tiles are cut, whatever the batch, and buffers follow from maxima.
+// Plain functions: g++ compiles them for lengths on the host, NVRTC for lengths on the device.
+#pragma once
+
+#include "core/work.h"
+
+namespace flashinfer {
+
+struct PlanShape {
+  int32_t group;        // query heads of a KV head
+  int32_t kv_heads;
+  int32_t tile_rows;    // packed rows of a tile
+  int32_t kv_tile;      // keys of a tile; pieces begin and end at its multiples
+  int32_t causal;
+  int32_t num_workers;
+};
+
+struct PlanLengths {
+  const int32_t* q_indptr;   // [requests + 1]
+  const int32_t* kv_indptr;  // [requests + 1]: ragged rows or page-table entries
+  const int32_t* kv_len;     // [requests]
+  int32_t num_requests;
+};
+
+struct PlanBuffers {
+  int32_t* worker_indptr;  // [workers + 1], into items
+  int32_t* num_merges;     // [1]
+  MergeItem* merges;       // [workers]
+  WorkItem* items;         // [tiles of all requests and heads + workers - 1]
+};
+
+struct PlanCounts {
+  int32_t items;
+  int32_t merges;
+  int32_t pieces;  // of all cut tiles; each holds tile_rows rows of the partial buffers
+};
+
+FLASHINFER_HOST_DEVICE inline int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+
+// Written so that it cannot overflow: a >= 0, b >= 1.
+FLASHINFER_HOST_DEVICE inline int32_t ceil_div(int32_t a, int32_t b) { return a / b + (a % b != 0); }
+
+FLASHINFER_HOST_DEVICE inline int32_t tiles_of(int32_t q_len, int32_t group, int32_t tile_rows) {
+  return ceil_div(q_len * group, tile_rows);
+}
+
+// Keys that the last row of a tile sees; every row of the tile sees no more.
+FLASHINFER_HOST_DEVICE inline int32_t visible_keys(int32_t q_len, int32_t kv_len, int32_t group, int32_t tile_rows,
+                                                   int32_t causal, int32_t row_begin) {
+  if (!causal) return kv_len;
+  const int64_t row_end = int64_t(row_begin) + tile_rows;
+  const int64_t rows = int64_t(q_len) * group;
+  const int64_t last_query = ((row_end < rows ? row_end : rows) - 1) / group;
+  const int64_t seen = int64_t(kv_len) - q_len + last_query + 1;
+  return seen < 0 ? 0 : int32_t(seen < kv_len ? seen : kv_len);
+}
+
+// One tile of one KV head, and what it costs: `key_tiles`, plus one for starting it.
+struct PlanTile {
+  int32_t q_start, q_len, kv_start, kv_len, kv_head, row_begin;
+  int32_t visible;
+  int32_t key_tiles;
+};
+
+FLASHINFER_HOST_DEVICE inline PlanTile tile_at(const PlanShape& shape, const PlanLengths& lengths, int32_t request,
+                                               int32_t tile) {
+  PlanTile t;
+  t.q_start = lengths.q_indptr[request];
+  t.q_len = lengths.q_indptr[request + 1] - t.q_start;
+  t.kv_start = lengths.kv_indptr[request];
+  t.kv_len = lengths.kv_len[request];
+  t.kv_head = 0;
+  t.row_begin = tile * shape.tile_rows;
+  t.visible = visible_keys(t.q_len, t.kv_len, shape.group, shape.tile_rows, shape.causal, t.row_begin);
+  t.key_tiles = ceil_div(t.visible, shape.kv_tile);
+  return t;
+}
+
+FLASHINFER_HOST_DEVICE inline int64_t total_cost(const PlanShape& shape, const PlanLengths& lengths) {
+  int64_t cost = 0;
+  for (int32_t request = 0; request < lengths.num_requests; ++request) {
+    const int32_t q_len = lengths.q_indptr[request + 1] - lengths.q_indptr[request];
+    const int32_t tiles = tiles_of(q_len, shape.group, shape.tile_rows);
+    for (int32_t tile = 0; tile < tiles; ++tile) cost += tile_at(shape, lengths, request, tile).key_tiles + 1;
+  }
+  return cost * shape.kv_heads;
+}
+
+// The end of each worker's range of the total cost. Ranges differ by at most one.
+struct WorkerRanges {
+  int64_t share;
+  int64_t longer;  // this many first workers take one more
+
+  FLASHINFER_HOST_DEVICE WorkerRanges(int64_t total, int32_t workers)
+      : share(total / workers), longer(total % workers) {}
+
+  FLASHINFER_HOST_DEVICE int64_t end_of(int32_t worker) const {
+    const int64_t through = int64_t(worker) + 1;
+    return through * share + (through < longer ? through : longer);
+  }
+};
+
+// Takes what `cut` decides and only counts it.
+struct PlanCounter {
+  PlanCounts counts = {0, 0, 0};
+
+  FLASHINFER_HOST_DEVICE void whole(const PlanTile&) { ++counts.items; }
+  FLASHINFER_HOST_DEVICE void piece(const PlanTile&, int32_t, int32_t) {
+    ++counts.items;
+    ++counts.pieces;
+  }
+  FLASHINFER_HOST_DEVICE void merge(const PlanTile&, int32_t) { ++counts.merges; }
+  FLASHINFER_HOST_DEVICE void end_worker(int32_t) {}
+};
+
+// Takes what `cut` decides and writes it.
+struct PlanWriter {
+  PlanShape shape;
+  PlanBuffers out;
+  PlanCounts counts = {0, 0, 0};
+
+  FLASHINFER_HOST_DEVICE PlanWriter(const PlanShape& s, const PlanBuffers& buffers) : shape(s), out(buffers) {
+    out.worker_indptr[0] = 0;
+  }
+
+  FLASHINFER_HOST_DEVICE void write(const PlanTile& t, int32_t kv_begin, int32_t kv_end, int32_t partial) {
+    out.items[counts.items++] = WorkItem{t.q_start,   t.q_len,  t.kv_start, t.kv_len, t.kv_head,
+                                         t.row_begin, kv_begin, kv_end,     partial,  {0, 0, 0}};
+  }
+  FLASHINFER_HOST_DEVICE void whole(const PlanTile& t) { write(t, 0, t.visible, -1); }
+  FLASHINFER_HOST_DEVICE void piece(const PlanTile& t, int32_t first, int32_t last) {
+    const int32_t kv_end = last == t.key_tiles ? t.visible : last * shape.kv_tile;
+    write(t, first * shape.kv_tile, kv_end, counts.pieces++ * shape.tile_rows);
+  }
+  FLASHINFER_HOST_DEVICE void merge(const PlanTile& t, int32_t pieces) {
+    const int32_t rows = smaller(shape.tile_rows, t.q_len * shape.group - t.row_begin);
+    const int32_t partial = (counts.pieces - pieces) * shape.tile_rows;
+    out.merges[counts.merges++] = MergeItem{t.q_start, t.q_len, t.kv_head, t.row_begin, rows, partial, pieces, 0};
+  }
+  FLASHINFER_HOST_DEVICE void end_worker(int32_t worker) { out.worker_indptr[worker + 1] = counts.items; }
+};
+
+// Walks the tiles in order and hands each to `sink`, whole or in pieces, between the ends of workers.
+//
+// A cut falls on the multiple of `quantum` key tiles (of its own tile) that is nearest to the end of the worker's
+// range, and becomes no cut where that is the tile's start or end. A worker's load, in key tiles plus one for each of
+// its items, so is at most ceil(total / workers) + 1, plus `quantum` where that is more than 1.
+template <typename Sink>
+struct PlanCutter {
+  Sink& sink;
+  WorkerRanges ranges;
+  int32_t num_workers;
+  int64_t quantum;
+  int32_t worker = 0;
+  int64_t range_end;
+  int64_t position = 0;  // start of the current tile
+
+  FLASHINFER_HOST_DEVICE PlanCutter(Sink& s, int64_t total, int32_t workers, int32_t cut_quantum)
+      : sink(s), ranges(total, workers), num_workers(workers), quantum(cut_quantum), range_end(ranges.end_of(0)) {}
+
+  FLASHINFER_HOST_DEVICE void end_worker() {
+    sink.end_worker(worker);
+    range_end = ranges.end_of(++worker);
+  }
+
+  FLASHINFER_HOST_DEVICE void place(const PlanTile& t) {
+    const int64_t begin = position;
+    const int64_t end = begin + t.key_tiles + 1;
+    position = end;
+    while (range_end <= begin) end_worker();
+    if (end <= range_end) {
+      sink.whole(t);
+    } else {
+      cut(t, begin, end);
+    }
+  }
+
+  FLASHINFER_HOST_DEVICE void cut(const PlanTile& t, int64_t begin, int64_t end) {
+    int32_t done = 0;
+    int32_t pieces = 0;
+    for (; range_end < end; end_worker()) {
+      const int64_t nearest = (range_end - begin - 1 + quantum / 2) / quantum * quantum;
+      if (nearest >= t.key_tiles) break;
+      if (nearest <= done) continue;
+      sink.piece(t, done, int32_t(nearest));
+      done = int32_t(nearest);
+      ++pieces;
+    }
+    if (pieces == 0) {
+      sink.whole(t);
+    } else {
+      sink.piece(t, done, t.key_tiles);
+      sink.merge(t, pieces + 1);
+    }
+  }
+
+  FLASHINFER_HOST_DEVICE void finish() {
+    while (worker < num_workers) end_worker();
+  }
+};
+
+template <typename Sink>
+FLASHINFER_HOST_DEVICE void cut(const PlanShape& shape, const PlanLengths& lengths, int64_t total, int32_t quantum,
+                                Sink& sink) {
+  PlanCutter<Sink> cutter(sink, total, shape.num_workers, quantum);
+  for (int32_t request = 0; request < lengths.num_requests; ++request) {
+    const int32_t q_len = lengths.q_indptr[request + 1] - lengths.q_indptr[request];
+    const int32_t tiles = tiles_of(q_len, shape.group, shape.tile_rows);
+    if (tiles == 0) continue;
+    PlanTile t = tile_at(shape, lengths, request, 0);
+    for (int32_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
+      for (int32_t tile = 0; tile < tiles; ++tile) {
+        if (tiles > 1) t = tile_at(shape, lengths, request, tile);  // decode's only tile is the same for every head
+        t.kv_head = kv_head;
+        cutter.place(t);
+      }
+    }
+  }
+  cutter.finish();
+}
+
+// The smallest quantum found, by bisection, whose pieces fit `max_pieces`: splits adapt to the buffer that is given.
+FLASHINFER_HOST_DEVICE inline int32_t fitting_quantum(const PlanShape& shape, const PlanLengths& lengths,
+                                                      int64_t total, int32_t max_pieces) {
+  if (max_pieces / 2 >= shape.num_workers - 1) return 1;
+  int32_t longest = 1;
+  for (int32_t request = 0; request < lengths.num_requests; ++request) {
+    const int32_t key_tiles = ceil_div(lengths.kv_len[request], shape.kv_tile);
+    if (key_tiles > longest) longest = key_tiles;
+  }
+  int32_t too_small = 0;
+  int32_t fits = longest;  // cuts nothing
+  while (fits - too_small > 1) {
+    const int32_t middle = too_small + (fits - too_small) / 2;
+    PlanCounter counter;
+    cut(shape, lengths, total, middle, counter);
+    (counter.counts.pieces <= max_pieces ? fits : too_small) = middle;
+  }
+  return fits;
+}
+
+FLASHINFER_HOST_DEVICE inline PlanCounts plan(const PlanShape& shape, const PlanLengths& lengths,
+                                              int32_t max_partial_rows, const PlanBuffers& out) {
+  const int64_t total = total_cost(shape, lengths);
+  const int32_t quantum = fitting_quantum(shape, lengths, total, max_partial_rows / shape.tile_rows);
+  PlanWriter writer(shape, out);
+  cut(shape, lengths, total, quantum, writer);
+  *out.num_merges = writer.counts.merges;
+  return writer.counts;
+}
+
+// Item `index` of [0, kv_heads * tiles * pieces) of one request that starts at row 0 of q and entry 0 of the cache.
+// Tiles run from the last to the first: under a causal mask these are the longest, and the tail stays short.
+FLASHINFER_HOST_DEVICE inline WorkItem uniform_item(const UniformWork& work, int32_t group, int32_t kv_heads,
+                                                    int32_t tile_rows, int32_t index) {
+  const int32_t piece = index % work.pieces;
+  const int32_t kv_head = index / work.pieces % kv_heads;
+  const int32_t tile = work.tiles - 1 - index / work.pieces / kv_heads;
+  const int32_t row_begin = tile * tile_rows;
+  const int32_t visible = visible_keys(work.q_len, work.kv_len, group, tile_rows, work.causal, row_begin);
+  const int64_t begin = int64_t(piece) * work.piece_len;
+  const int64_t end = begin + work.piece_len;
+  const int32_t kv_begin = int32_t(begin < visible ? begin : visible);
+  const int32_t kv_end = int32_t(end < visible ? end : visible);
+  const int32_t partial =
+      work.pieces == 1 ? -1 : ((kv_head * work.tiles + tile) * work.pieces + piece) * tile_rows;
+  return WorkItem{0, work.q_len, 0, work.kv_len, kv_head, row_begin, kv_begin, kv_end, partial, {0, 0, 0}};
+}
+
+// Merge `index` of [0, kv_heads * tiles) of the same request.
+FLASHINFER_HOST_DEVICE inline MergeItem uniform_merge(const UniformWork& work, int32_t group,
+                                                      int32_t /*kv_heads*/, int32_t tile_rows, int32_t index) {
+  const int32_t kv_head = index / work.tiles;
+  const int32_t row_begin = index % work.tiles * tile_rows;
+  const int32_t rows = smaller(tile_rows, work.q_len * group - row_begin);
+  return MergeItem{0, work.q_len, kv_head, row_begin, rows, index * work.pieces * tile_rows, work.pieces, 0};
+}
+
+}  // namespace flashinfer
