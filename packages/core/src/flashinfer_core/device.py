@@ -1,0 +1,119 @@
+"""Facts of the devices at hand, as plain values.
+
+Everything that decides takes these as arguments, so it is tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from typing import Any, FrozenSet, List, Optional, Tuple, Union
+
+from flashinfer_core import targets
+from flashinfer_core.errors import DriverError, InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The processor: platform.machine(), its model's name, its flags as /proc/cpuinfo spells them."""
+
+    machine: str
+    model: str
+    flags: FrozenSet[str]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device. Sizes are bytes; `shared_optin_bytes` is what one CTA may use at most."""
+
+    ordinal: int
+    name: str
+    capability: Tuple[int, int]
+    sm_count: int
+    shared_optin_bytes: int
+    total_memory: int
+    l2_bytes: int
+    uuid: str
+
+
+@functools.lru_cache(maxsize=None)
+def cpu() -> Cpu:
+    """Return the processor of this machine."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return parse_cpuinfo(platform.machine(), file.read())
+    except OSError:
+        return Cpu(platform.machine(), platform.processor(), frozenset())
+
+
+def parse_cpuinfo(machine: str, text: str) -> Cpu:
+    """Read the first processor of a /proc/cpuinfo."""
+    facts = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    flags = facts.get("flags") or facts.get("Features") or ""
+    return Cpu(machine, facts.get("model name", ""), frozenset(flags.split()))
+
+
+@functools.lru_cache(maxsize=None)
+def gpu(ordinal: int) -> Gpu:
+    """Return the facts of one CUDA device; raise DriverError where there is no driver or no such device."""
+    facts = host_call("device_facts", ordinal)
+    major, minor = facts["capability"]
+    rest = {name: facts[name] for name in ("sm_count", "shared_optin_bytes", "total_memory", "l2_bytes")}
+    return Gpu(ordinal, facts["name"], (major, minor), uuid=str(facts["uuid"]), **rest)
+
+
+def gpus() -> List[Gpu]:
+    """Return all CUDA devices; raise DriverError where there is no driver."""
+    return [gpu(ordinal) for ordinal in range(host_call("device_count"))]
+
+
+def driver_version() -> int:
+    """Return the newest CUDA that the driver runs, as 1000 * major + 10 * minor; raise DriverError without one."""
+    return int(host_call("driver_version"))
+
+
+def host_call(name: str, *arguments: Any) -> Any:
+    """Call a function of the host extension, its RuntimeError turned into DriverError."""
+    from flashinfer_core import _host
+
+    try:
+        return getattr(_host, name)(*arguments)
+    except RuntimeError as error:
+        raise DriverError(str(error), remedy="python -m flashinfer_core lists what is wrong with the set-up") from None
+
+
+def candidates(device: Union[str, int]) -> List[str]:
+    """List the targets that `device` ("cpu" or a CUDA ordinal) runs, best first.
+
+    FLASHINFER_CPU_TARGET and FLASHINFER_CUDA_TARGET replace the list by one target that must be of it. Raises
+    UnsupportedDeviceError for a device without kernels, InvalidArgumentError for a forced target that cannot run.
+    """
+    if device == "cpu":
+        variable, fitting = "FLASHINFER_CPU_TARGET", targets.cpu_candidates(cpu().machine, cpu().flags)
+    else:
+        variable, fitting = "FLASHINFER_CUDA_TARGET", targets.cuda_candidates(gpu(int(device)).capability)
+    forced = os.environ.get(variable)
+    if forced and forced not in fitting:
+        raise InvalidArgumentError(
+            f"{variable}={forced} cannot run on this device", remedy=f"use one of: {', '.join(fitting)}"
+        )
+    return [forced] if forced else fitting
+
+
+def num_threads() -> int:
+    """Return the threads for CPU kernels: FLASHINFER_NUM_THREADS, else torch's, else the CPUs this process may use."""
+    asked = os.environ.get("FLASHINFER_NUM_THREADS")
+    if asked:
+        if not asked.isdigit() or int(asked) < 1:
+            raise InvalidArgumentError(f"FLASHINFER_NUM_THREADS={asked}", remedy="use a positive number")
+        return int(asked)
+    torch: Optional[Any] = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "get_num_threads"):
+        return int(torch.get_num_threads())
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,89 @@
+"""A kernel that is ready to launch: an image, found and loaded once per process and device."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from typing import Any, Callable, Dict, Optional, Tuple, Union, cast
+
+from flashinfer_core import device as devices
+from flashinfer_core import images
+from flashinfer_core.errors import DriverError, MissingImageError
+from flashinfer_core.targets import target_named
+from flashinfer_core.variant import Variant
+
+Device = Union[str, int]
+Factory = Callable[[str], Optional[Variant]]
+
+_LOADED: Dict[Tuple[Variant, Device, str], "Kernel"] = {}
+_LOCK = threading.Lock()
+
+
+class Kernel:
+    """One variant on one device. Launching is safe from several threads."""
+
+    def __init__(self, variant: Variant, image: images.Image, device: Device, function: Any) -> None:
+        self.variant = variant
+        self.device = device
+        self.target = image.target
+        self.registers: Optional[int] = image.registers
+        self._function = function
+
+    @property
+    def max_workers(self) -> int:
+        """Count the workers that run at once: SMs times occupancy on a GPU, threads on a CPU."""
+        return devices.num_threads() if self.device == "cpu" else int(self._function.max_workers)
+
+    def launch(self, params: ctypes.Structure, *, workers: int, stream: int = 0) -> None:
+        """Run `workers` workers on `params` (taken by value): asynchronously on a GPU's `stream`, to the end on a CPU.
+
+        Raises DriverError where the driver refuses the launch.
+        """
+        if self.device == "cpu":
+            self._function.launch(params, workers, devices.num_threads())
+            return
+        try:
+            self._function.launch(params, workers, stream)
+        except RuntimeError as error:
+            raise DriverError(f"{self.variant.name} on {self.target}: {error}") from None
+
+
+def load(variant_or_factory: Union[Variant, Factory], device: Device) -> Kernel:
+    """Return the kernel of a variant on `device`: "cpu" or a CUDA ordinal.
+
+    A factory is called with a target's name, best first, and returns the variant for it or None where the target has
+    none; for variants whose threads or shared memory depend on the target. Kept per process by (variant, device,
+    forced target). Raises UnsupportedDeviceError, MissingImageError, CompileError, DriverError.
+    """
+    candidates = devices.candidates(device)
+    make = cast(Factory, variant_or_factory) if callable(variant_or_factory) else (lambda target: variant_or_factory)
+    offered = [(target, variant) for target in candidates for variant in [make(target)] if variant is not None]
+    if not offered:
+        raise MissingImageError(f"{variant_or_factory!r} has no variant for any of {', '.join(candidates)}")
+    forced = os.environ.get("FLASHINFER_CPU_TARGET" if device == "cpu" else "FLASHINFER_CUDA_TARGET", "")
+    key = (offered[0][1], device, forced)
+    kernel = _LOADED.get(key)
+    if kernel is None:
+        with _LOCK:  # two threads that want the same kernel must not both compile it
+            kernel = _LOADED.get(key)
+            if kernel is None:
+                kernel = _LOADED[key] = _open(dict(offered), device)
+    return kernel
+
+
+def _open(offered: Dict[str, Variant], device: Device) -> Kernel:
+    image = images.find_first(offered)
+    variant = offered[image.target]
+    from flashinfer_core import _host
+
+    try:
+        if target_named(image.target).is_cpu:
+            function: Any = _host.cpu_load(image.payload)
+        else:
+            function = _host.cuda_load(image.payload, image.entry, int(device), variant.threads, variant.shared_bytes)
+    except RuntimeError as error:
+        raise DriverError(f"loading {image.name} for {image.target} failed: {error}") from None
+    return Kernel(variant, image, device, function)
+
+
