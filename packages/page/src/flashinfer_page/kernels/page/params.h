@@ -1,4 +1,5 @@
-// What the append kernel takes, on every target. Strides count elements; the last dimension is contiguous.
+// What the append kernel takes, on every target. Strides count bytes, so one kernel serves all element types;
+// the last dimension is contiguous.
 #pragma once
 
 #include "core/types.h"

@@ -1,0 +1,158 @@
+// Attention of packed query rows over ragged or paged keys and values: prefill and decode on sm_75 and newer.
+//
+// FlashAttention-2 (Dao, 2023, arXiv:2307.08691) on mma.sync: a CTA holds a tile of query rows, streams K and V through
+// two stages of shared memory and keeps the softmax state in registers. CTAs are persistent and walk a list of work.
+#pragma once
+
+#include "attention/load.cuh"
+#include "attention/output.cuh"
+#include "attention/softmax.cuh"
+#include "attention/tile.cuh"
+#include "core/plan.h"
+
+namespace flashinfer {
+namespace attention {
+
+// S = Q K^T for this warp's rows and keys.
+template <typename T, typename Tile>
+__device__ void score(Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], SharedRows<Tile> q, SharedRows<Tile> k,
+                      int first_row, int first_key, int lane) {
+#pragma unroll
+  for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
+    FragmentA rows[Tile::kRowBlocks];
+#pragma unroll
+    for (int r = 0; r < Tile::kRowBlocks; ++r) q.load(rows[r], first_row + 16 * r, step, lane);
+#pragma unroll
+    for (int block = 0; block < Tile::kKeyBlocks; block += 2) {
+      FragmentB keys[2];
+      k.load_transposed(keys, first_key + 8 * block, step, lane);
+#pragma unroll
+      for (int r = 0; r < Tile::kRowBlocks; ++r) {
+        mma<T>(s[r][block], rows[r], keys[0]);
+        mma<T>(s[r][block + 1], rows[r], keys[1]);
+      }
+    }
+  }
+}
+
+// O += P V for this warp's rows and keys.
+template <typename T, typename Tile>
+__device__ void accumulate(Accumulator (&o)[Tile::kRowBlocks][Tile::kDimBlocks],
+                           const Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], SharedRows<Tile> v,
+                           int first_key, int lane) {
+#pragma unroll
+  for (int step = 0; step < Tile::kWarpKeys / 16; ++step) {
+    FragmentA weights[Tile::kRowBlocks];
+#pragma unroll
+    for (int r = 0; r < Tile::kRowBlocks; ++r) weights[r] = probabilities<T>(s[r][2 * step], s[r][2 * step + 1]);
+#pragma unroll
+    for (int block = 0; block < Tile::kDimBlocks; block += 2) {
+      FragmentB values[2];
+      v.load(values, first_key + 16 * step, block / 2, lane);
+#pragma unroll
+      for (int r = 0; r < Tile::kRowBlocks; ++r) {
+        mma<T>(o[r][block], weights[r], values[0]);
+        mma<T>(o[r][block + 1], weights[r], values[1]);
+      }
+    }
+  }
+}
+
+// m' = max(m, rowmax(S)); P = exp(S - m'); l = l exp(m - m') + rowsum(P); O = O exp(m - m').
+template <typename Tile>
+__device__ void rescale(Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], RowState (&state)[Tile::kRowBlocks],
+                        Accumulator (&o)[Tile::kRowBlocks][Tile::kDimBlocks], float scale) {
+#pragma unroll
+  for (int r = 0; r < Tile::kRowBlocks; ++r) {
+    float correction[2];
+    softmax(s[r], state[r], scale, correction);
+#pragma unroll
+    for (int block = 0; block < Tile::kDimBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[r][block].x[i] *= correction[i / 2];
+    }
+  }
+}
+
+// One work item from its query rows to its result.
+template <typename T, typename Tile>
+__device__ void attend(const AttentionParams& p, const WorkItem& item, SharedTile<Tile> tile) {
+  const QueryRows queries(item, p.group, Tile::kRows);
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int first_row = Tile::kWarpsOverRows == 1 ? 0 : warp * Tile::kRowBlocks * 16;
+  const int first_key = Tile::kWarpsOverKeys == 1 ? 0 : warp * Tile::kWarpKeys;
+  const float scale = p.sm_scale * kLog2e;
+
+  wait_copies<0>();
+  __syncthreads();  // the previous item is done with shared memory
+  KeyLoader<Tile> keys(p, item);
+  keys.find(item.kv_begin);
+  load_queries<Tile>(p, queries, tile.q());
+  keys.load(item.kv_begin, tile.k(0), tile.v(0));
+  commit_copies();
+  keys.find(item.kv_begin + Tile::kKeys);
+
+  int32_t limit[Tile::kRowBlocks][2];
+  RowState state[Tile::kRowBlocks];
+  Accumulator o[Tile::kRowBlocks][Tile::kDimBlocks] = {};
+#pragma unroll
+  for (int r = 0; r < Tile::kRowBlocks; ++r) {
+    state[r] = empty_rows();
+    for (int half = 0; half < 2; ++half) {
+      limit[r][half] = queries.key_limit(first_row + 16 * r + lane / 4 + 8 * half, p.causal != 0);
+    }
+  }
+  const int32_t smallest_limit = queries.key_limit(0, p.causal != 0);
+
+  int stage = 0;
+  for (int32_t key = item.kv_begin; key < item.kv_end; key += Tile::kKeys) {
+    wait_copies<0>();
+    __syncthreads();  // this tile has arrived for all, and all are done with the stage that is filled next
+    if (key + Tile::kKeys < item.kv_end) {
+      keys.load(key + Tile::kKeys, tile.k(stage ^ 1), tile.v(stage ^ 1));
+      commit_copies();
+      keys.find(key + 2 * Tile::kKeys);
+    }
+    Accumulator s[Tile::kRowBlocks][Tile::kKeyBlocks] = {};
+    score<T, Tile>(s, tile.q(), tile.k(stage), first_row, first_key, lane);
+    if (key + Tile::kKeys > smallest_limit) {
+#pragma unroll
+      for (int r = 0; r < Tile::kRowBlocks; ++r) mask_scores(s[r], limit[r], key + first_key, lane);
+    }
+    rescale<Tile>(s, state, o, scale);
+    accumulate<T, Tile>(o, s, tile.v(stage), first_key, lane);
+    stage ^= 1;
+  }
+
+#pragma unroll
+  for (int r = 0; r < Tile::kRowBlocks; ++r) {
+    for (int half = 0; half < 2; ++half) state[r].sum[half] = quad_sum(state[r].sum[half]);
+    if constexpr (Tile::kWarpsOverKeys > 1) {
+      combine_and_store<T, Tile>(p, queries, tile.exchange(), o[r], state[r]);
+    } else {
+      store_rows<T>(p, queries, first_row + 16 * r, 0, o[r], state[r]);
+    }
+  }
+}
+
+// Grid: one CTA a worker, as many as the plan says; Tile::kThreads threads.
+template <typename T, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads) attention(const __grid_constant__ AttentionParams p) {
+  extern __shared__ __align__(128) uint16_t shared[];
+  const SharedTile<Tile> tile{shared};
+  const int32_t worker = blockIdx.x;
+  if (p.items != nullptr) {
+    for (int32_t i = p.worker_indptr[worker]; i < p.worker_indptr[worker + 1]; ++i) {
+      attend<T, Tile>(p, p.items[i], tile);
+    }
+  } else {
+    const int32_t count = p.kv_heads * p.uniform.tiles * p.uniform.pieces;
+    for (int32_t i = worker; i < count; i += gridDim.x) {
+      attend<T, Tile>(p, uniform_item(p.uniform, p.group, p.kv_heads, Tile::kRows, i), tile);
+    }
+  }
+}
+
+}  // namespace attention
+}  // namespace flashinfer

@@ -1,0 +1,110 @@
+// Leave an item's result: to o and lse where the item is whole, to the partial buffers where it is one of several pieces.
+#pragma once
+
+#include "attention/softmax.cuh"
+#include "attention/tile.cuh"
+
+namespace flashinfer {
+namespace attention {
+
+template <typename T>
+__device__ void store_pair(void* o, int64_t offset, float low, float high) {
+  auto* target = static_cast<uint16_t*>(o) + offset;
+  const uint32_t pair = pack<T>(low, high);
+  if (reinterpret_cast<uint64_t>(target) % 4 == 0) {
+    *reinterpret_cast<uint32_t*>(target) = pair;
+  } else {
+    target[0] = static_cast<uint16_t>(pair);
+    target[1] = static_cast<uint16_t>(pair >> 16);
+  }
+}
+
+// Store 8 * kBlocks columns from `column` on of the two rows that this lane holds of the 16 from `first_row` on.
+template <typename T, int kBlocks>
+__device__ void store_rows(const AttentionParams& p, const QueryRows& queries, int first_row, int column,
+                           const Accumulator (&o)[kBlocks], const RowState& state) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + lane / 4 + 8 * half;
+    if (row >= queries.rows) continue;
+    const float scale = inverse_sum(state.sum[half]);
+    const float lse = natural_lse(state.max[half], state.sum[half]);
+    const int first_column = column + lane % 4 * 2;
+    const bool writes_lse = first_column == 0;
+    if (queries.item.partial >= 0) {
+      const int64_t partial = static_cast<int64_t>(queries.item.partial) + row;
+      if (writes_lse) p.partial_lse[partial] = lse;
+      auto* target = reinterpret_cast<float2*>(p.partial_o + partial * p.head_dim + first_column);
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        target[4 * block] = {o[block].x[2 * half] * scale, o[block].x[2 * half + 1] * scale};
+      }
+    } else {
+      const int64_t token = queries.token(row);
+      const int32_t head = queries.head(row);
+      if (writes_lse && p.lse != nullptr) p.lse[token * p.kv_heads * p.group + head] = lse * p.lse_scale;
+      const int64_t offset = token * p.o_stride_token + head * p.o_stride_head + first_column;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        store_pair<T>(p.o, offset + 8 * block, o[block].x[2 * half] * scale, o[block].x[2 * half + 1] * scale);
+      }
+    }
+  }
+}
+
+// Combine the results of warps that saw different keys of the same 16 rows, and store them, each warp a share of the
+// columns. `state.sum` is complete.
+template <typename T, typename Tile>
+__device__ void combine_and_store(const AttentionParams& p, const QueryRows& queries, float* exchange,
+                                  const Accumulator (&o)[Tile::kDimBlocks], const RowState& state) {
+  constexpr int kPitch = Tile::kHeadDim + 8;  // rows 8 banks apart
+  constexpr int kBlocks = Tile::kDimBlocks / Tile::kWarpsOverKeys;
+  static_assert(Tile::kWarps * 16 * (kPitch + 2) * 4 <= Tile::kStages * 2 * Tile::kKeys * Tile::kHeadDim * 2,
+                "the exchange fits the K and V stages");
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  float* values = exchange + Tile::kWarps * 32;
+  __syncthreads();  // all warps have read their last K and V
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = warp * 16 + lane / 4 + 8 * half;
+    if (lane % 4 == 0) {
+      exchange[2 * row] = state.max[half];
+      exchange[2 * row + 1] = state.sum[half];
+    }
+#pragma unroll
+    for (int block = 0; block < Tile::kDimBlocks; ++block) {
+      auto* target = reinterpret_cast<float2*>(values + row * kPitch + block * 8 + lane % 4 * 2);
+      *target = {o[block].x[2 * half], o[block].x[2 * half + 1]};
+    }
+  }
+  __syncthreads();
+  Accumulator total[kBlocks] = {};
+  RowState combined = empty_rows();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + 8 * half;
+#pragma unroll
+    for (int other = 0; other < Tile::kWarps; ++other) {
+      combined.max[half] = fmaxf(combined.max[half], exchange[2 * (other * 16 + row)]);
+    }
+    const float zero = finite_or_zero(combined.max[half]);
+#pragma unroll
+    for (int other = 0; other < Tile::kWarps; ++other) {
+      const float weight = exp2_approx(exchange[2 * (other * 16 + row)] - zero);
+      combined.sum[half] += weight * exchange[2 * (other * 16 + row) + 1];
+      const float* source = values + (other * 16 + row) * kPitch + warp * kBlocks * 8 + lane % 4 * 2;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        const float2 pair = *reinterpret_cast<const float2*>(source + block * 8);
+        total[block].x[2 * half] += weight * pair.x;
+        total[block].x[2 * half + 1] += weight * pair.y;
+      }
+    }
+  }
+  store_rows<T>(p, queries, 0, warp * kBlocks * 8, total, combined);
+}
+
+}  // namespace attention
+}  // namespace flashinfer
