@@ -93,17 +93,11 @@ __device__ void attend(const AttentionParams& p, const WorkItem& item, SharedTil
   commit_copies();
   keys.find(item.kv_begin + Tile::kKeys);
 
-  int32_t limit[Tile::kRowBlocks][2];
   RowState state[Tile::kRowBlocks];
   Accumulator o[Tile::kRowBlocks][Tile::kDimBlocks] = {};
 #pragma unroll
-  for (int r = 0; r < Tile::kRowBlocks; ++r) {
-    state[r] = empty_rows();
-    for (int half = 0; half < 2; ++half) {
-      limit[r][half] = queries.key_limit(first_row + 16 * r + lane / 4 + 8 * half, p.causal != 0);
-    }
-  }
-  const int32_t smallest_limit = queries.key_limit(0, p.causal != 0);
+  for (int r = 0; r < Tile::kRowBlocks; ++r) state[r] = empty_rows();
+  const int32_t smallest_limit = queries.key_limit(0, p.causal);
 
   int stage = 0;
   for (int32_t key = item.kv_begin; key < item.kv_end; key += Tile::kKeys) {
@@ -118,7 +112,11 @@ __device__ void attend(const AttentionParams& p, const WorkItem& item, SharedTil
     score<T, Tile>(s, tile.q(), tile.k(stage), first_row, first_key, lane);
     if (key + Tile::kKeys > smallest_limit) {
 #pragma unroll
-      for (int r = 0; r < Tile::kRowBlocks; ++r) mask_scores(s[r], limit[r], key + first_key, lane);
+      for (int r = 0; r < Tile::kRowBlocks; ++r) {
+        const int row = first_row + 16 * r + lane / 4;
+        const int32_t limit[2] = {queries.key_limit(row, p.causal), queries.key_limit(row + 8, p.causal)};
+        mask_scores(s[r], limit, key + first_key, lane);
+      }
     }
     rescale<Tile>(s, state, o, scale);
     accumulate<T, Tile>(o, s, tile.v(stage), first_key, lane);
@@ -140,17 +138,14 @@ __device__ void attend(const AttentionParams& p, const WorkItem& item, SharedTil
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads) attention(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(128) uint16_t shared[];
-  const SharedTile<Tile> tile{shared};
+  const bool listed = p.items != nullptr;
   const int32_t worker = blockIdx.x;
-  if (p.items != nullptr) {
-    for (int32_t i = p.worker_indptr[worker]; i < p.worker_indptr[worker + 1]; ++i) {
-      attend<T, Tile>(p, p.items[i], tile);
-    }
-  } else {
-    const int32_t count = p.kv_heads * p.uniform.tiles * p.uniform.pieces;
-    for (int32_t i = worker; i < count; i += gridDim.x) {
-      attend<T, Tile>(p, uniform_item(p.uniform, p.group, p.kv_heads, Tile::kRows, i), tile);
-    }
+  const int32_t begin = listed ? p.worker_indptr[worker] : worker;
+  const int32_t end = listed ? p.worker_indptr[worker + 1] : p.kv_heads * p.uniform.tiles * p.uniform.pieces;
+  const int32_t step = listed ? 1 : gridDim.x;
+  for (int32_t i = begin; i < end; i += step) {
+    const WorkItem item = listed ? p.items[i] : uniform_item(p.uniform, p.group, p.kv_heads, Tile::kRows, i);
+    attend<T, Tile>(p, item, SharedTile<Tile>{shared});
   }
 }
 

@@ -15,14 +15,6 @@ __device__ inline bool is_vectorized(const void* base, int64_t stride_a, int64_t
   return ((reinterpret_cast<uint64_t>(base) | 2 * static_cast<uint64_t>(stride_a | stride_b | stride_c)) & 15) == 0;
 }
 
-__device__ inline void copy_chunk(void* shared, const void* global, bool valid, bool vectorized) {
-  if (vectorized) {
-    copy_async(shared, global, valid);
-  } else {
-    copy_elements(shared, global, valid);
-  }
-}
-
 // Start to copy the query rows of an item; rows past the last are zero.
 template <typename Tile>
 __device__ void load_queries(const AttentionParams& p, const QueryRows& queries, SharedRows<Tile> shared) {
@@ -33,7 +25,11 @@ __device__ void load_queries(const AttentionParams& p, const QueryRows& queries,
     const bool valid = row < queries.rows;
     const int64_t offset =
         valid ? queries.token(row) * p.q_stride_token + queries.head(row) * p.q_stride_head + chunk * 8 : 0;
-    copy_chunk(shared.chunk(row, chunk), q + offset, valid, vectorized);
+    if (vectorized) {
+      copy_async(shared.chunk(row, chunk), q + offset, valid);
+    } else {
+      copy_elements(shared.chunk(row, chunk), q + offset, valid);
+    }
   }
 }
 
@@ -47,8 +43,8 @@ class KeyLoader {
         item_(item),
         k_(static_cast<const uint16_t*>(p.k) + item.kv_head * p.k_stride_head),
         v_(static_cast<const uint16_t*>(p.v) + item.kv_head * p.v_stride_head),
-        k_vectorized_(is_vectorized(k_, p.k_stride_page, p.k_stride_token, p.k_stride_head)),
-        v_vectorized_(is_vectorized(v_, p.v_stride_page, p.v_stride_token, p.v_stride_head)) {}
+        vectorized_(is_vectorized(k_, p.k_stride_page, p.k_stride_token, p.k_stride_head) &&
+                    is_vectorized(v_, p.v_stride_page, p.v_stride_token, p.v_stride_head)) {}
 
   // Each lane looks up the page of one row that its warp will copy.
   __device__ void find(int32_t first_key) {
@@ -67,20 +63,12 @@ class KeyLoader {
 
   // Start to copy the tile that was found last; keys past the end of the piece are zero.
   __device__ void load(int32_t first_key, SharedRows<Tile> k, SharedRows<Tile> v) const {
-    const int lane = threadIdx.x % 32;
-    const int chunk = lane % Tile::kChunks;
+    if (vectorized_) {
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int row_in_pass = lane / Tile::kChunks;
-      const int source = pass * Tile::kRowsPerWarpPass + row_in_pass;
-      const int64_t page = __shfl_sync(0xffffffff, page_, source);
-      const int64_t slot = __shfl_sync(0xffffffff, slot_, source);
-      const int row = row_of(pass, row_in_pass);
-      const bool valid = first_key + row < item_.kv_end;
-      const int64_t k_offset = valid ? page * p_.k_stride_page + slot * p_.k_stride_token + chunk * 8 : 0;
-      const int64_t v_offset = valid ? page * p_.v_stride_page + slot * p_.v_stride_token + chunk * 8 : 0;
-      copy_chunk(k.chunk(row, chunk), k_ + k_offset, valid, k_vectorized_);
-      copy_chunk(v.chunk(row, chunk), v_ + v_offset, valid, v_vectorized_);
+      for (int pass = 0; pass < kPasses; ++pass) load_pass<copy_async>(pass, first_key, k, v);
+    } else {
+#pragma unroll 1
+      for (int pass = 0; pass < kPasses; ++pass) load_pass<copy_elements>(pass, first_key, k, v);
     }
   }
 
@@ -92,12 +80,27 @@ class KeyLoader {
     return pass * Tile::kRowsPerPass + threadIdx.x / 32 * Tile::kRowsPerWarpPass + row_in_pass;
   }
 
+  template <void (*kCopy)(void*, const void*, bool)>
+  __device__ void load_pass(int pass, int32_t first_key, SharedRows<Tile> k, SharedRows<Tile> v) const {
+    const int lane = threadIdx.x % 32;
+    const int chunk = lane % Tile::kChunks;
+    const int row_in_pass = lane / Tile::kChunks;
+    const int row = row_of(pass, row_in_pass);
+    const int source = pass * Tile::kRowsPerWarpPass + row_in_pass;
+    const int64_t page = __shfl_sync(0xffffffff, page_, source);
+    const int64_t slot = __shfl_sync(0xffffffff, slot_, source);
+    const bool valid = first_key + row < item_.kv_end;
+    const int64_t k_offset = valid ? page * p_.k_stride_page + slot * p_.k_stride_token + chunk * 8 : 0;
+    const int64_t v_offset = valid ? page * p_.v_stride_page + slot * p_.v_stride_token + chunk * 8 : 0;
+    kCopy(k.chunk(row, chunk), k_ + k_offset, valid);
+    kCopy(v.chunk(row, chunk), v_ + v_offset, valid);
+  }
+
   const AttentionParams& p_;
   const WorkItem& item_;
   const uint16_t* k_;
   const uint16_t* v_;
-  bool k_vectorized_;
-  bool v_vectorized_;
+  bool vectorized_;
   int32_t page_ = 0;
   int32_t slot_ = 0;
 };

@@ -93,7 +93,7 @@ struct QueryRows {
   __device__ int32_t head(int row) const { return item.kv_head * group + (item.row_begin + row) % group; }
 
   // One past the last key that the row sees in this piece.
-  __device__ int32_t key_limit(int row, bool causal) const {
+  __device__ int32_t key_limit(int row, int32_t causal) const {
     return causal ? min(item.kv_end, query(row) + item.kv_len - item.q_len + 1) : item.kv_end;
   }
 };
