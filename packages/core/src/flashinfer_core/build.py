@@ -15,7 +15,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, List, Optional, Sequence, Tuple
+from typing import Callable, Iterable, Sequence
 
 from flashinfer_core import cache, compiler, headers, targets
 from flashinfer_core.errors import FlashInferError
@@ -46,12 +46,12 @@ def build_images(
     shipped: Shipped,
     targets: Sequence[str],
     out_dir: Path,
-    cache_dir: Optional[Path] = None,
+    cache_dir: Path | None = None,
     *,
-    nvrtc: Optional[str] = None,
-    jobs: Optional[int] = None,
-    report: Callable[[str], None] = lambda line: None,
-) -> List[Built]:
+    nvrtc: str | None = None,
+    jobs: int | None = None,
+    report: Callable[[str], object] = str,
+) -> list[Built]:
     """Write `out_dir`/<target>/<name>.image for every variant in `shipped(target)` of every target.
 
     `nvrtc` asks for one version ("13.0"); `jobs` processes compile at a time (default: one per CPU); `report` is
@@ -59,8 +59,8 @@ def build_images(
     """
     folder = cache_dir or build_cache()
     folder.mkdir(parents=True, exist_ok=True)
-    built: List[Built] = []
-    waiting: List[Tuple[Unit, Path]] = []
+    built: list[Built] = []
+    waiting: list[tuple[Unit, Path]] = []
     for target in targets:
         for variant in shipped(target):
             unit, _ = compiler.prepare(variant, target, nvrtc=nvrtc, kernels=Path(package_kernels_dir))
@@ -85,14 +85,12 @@ def _place(built: Built, folder: Path) -> Built:
     return built
 
 
-def _compiled(
-    waiting: Sequence[Tuple[Unit, Path]], nvrtc: Optional[str], jobs: int
-) -> Iterable[Tuple[Image, Path]]:
+def _compiled(waiting: Sequence[tuple[Unit, Path]], nvrtc: str | None, jobs: int) -> Iterable[tuple[Image, Path]]:
     if jobs == 1 or len(waiting) < 2:
         for unit, path in waiting:
             yield _compile(unit, nvrtc), path
         return
-    # Processes, because NVRTC before 12.3 compiles one program at a time; spawned, because a fork copies threads' locks.
+    # Processes, because NVRTC before 12.3 compiles one program at a time; spawned, because a fork copies held locks.
     with ProcessPoolExecutor(min(jobs, len(waiting)), mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(_compile, unit, nvrtc): path for unit, path in waiting}
         try:
@@ -103,7 +101,7 @@ def _compiled(
                 future.cancel()
 
 
-def _compile(unit: Unit, nvrtc: Optional[str]) -> Image:
+def _compile(unit: Unit, nvrtc: str | None) -> Image:
     return compiler.compile_unit(unit, None if targets.target_named(unit.target).is_cpu else find(nvrtc))
 
 
@@ -121,7 +119,7 @@ def table(built: Sequence[Built]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(arguments)
     folder = headers.package_folder(options.package)
@@ -145,7 +143,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m flashinfer_core.compiler", description="compile a package's images")
+    parser = argparse.ArgumentParser(prog="python -m flashinfer_core.compiler", description="compile a package")
     parser.add_argument("package", help="import name: flashinfer_attention")
     parser.add_argument("--target", default=os.environ.get("FLASHINFER_TARGETS", "cpu"), help="comma list: sm_90,cpu")
     parser.add_argument("--name", default="*", help="glob of variant names")

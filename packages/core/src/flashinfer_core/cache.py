@@ -13,7 +13,7 @@ import os
 import stat
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Optional
+from typing import TYPE_CHECKING
 
 from flashinfer_core.errors import CorruptImageError
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from flashinfer_core.images import Image
 
 _LOG = logging.getLogger("flashinfer")
-_MEMORY: Dict[str, "Image"] = {}
+_MEMORY: dict[str, Image] = {}
 
 
-def folders() -> List[Path]:
+def folders() -> list[Path]:
     """List where entries may lie, best first; none of them needs to exist."""
-    found: List[Path] = []
+    found: list[Path] = []
     if os.environ.get("FLASHINFER_CACHE_DIR"):
         found.append(Path(os.environ["FLASHINFER_CACHE_DIR"]).absolute())
     if os.path.isabs(os.environ.get("XDG_CACHE_HOME", "")):  # its specification ignores relative paths
@@ -38,7 +38,7 @@ def folders() -> List[Path]:
     return list(dict.fromkeys(found))
 
 
-def load(key: str) -> Optional[Image]:
+def load(key: str) -> Image | None:
     """Return the image stored under `key`, or None. A damaged entry is removed."""
     if key in _MEMORY:
         return _MEMORY[key]
@@ -74,8 +74,8 @@ def entry(folder: Path, key: str) -> Path:
     return folder / f"{key}.image"
 
 
-def read(path: Path, key: str) -> Optional[Image]:
-    """Return the image in `path` if it is that of `key`, else None. A damaged file is removed, a foreign one not read."""
+def read(path: Path, key: str) -> Image | None:
+    """Return the image in `path` if it is that of `key`, else None; remove a damaged file, leave a foreign one."""
     from flashinfer_core.images import Image
 
     try:

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Mapping, Optional, Tuple
+from typing import Mapping
 
 from flashinfer_core import nvrtc as nvrtc_module
 from flashinfer_core import unit as unit_module
@@ -27,9 +27,7 @@ from flashinfer_core.unit import CPU_ENTRY, Unit
 from flashinfer_core.variant import Variant
 
 
-def compile_image(
-    variant: Variant, target: str, *, nvrtc: Optional[str] = None, kernels: Optional[Path] = None
-) -> Image:
+def compile_image(variant: Variant, target: str, *, nvrtc: str | None = None, kernels: Path | None = None) -> Image:
     """Compile `variant` for `target`: with NVRTC (of version `nvrtc`, "13.0") for GPUs, $CXX or g++ for CPUs.
 
     `kernels` replaces the folder of the variant's package. Raises CompileError with the compiler's log.
@@ -39,8 +37,8 @@ def compile_image(
 
 
 def prepare(
-    variant: Variant, target: str, *, nvrtc: Optional[str] = None, kernels: Optional[Path] = None
-) -> Tuple[Unit, Optional[Nvrtc]]:
+    variant: Variant, target: str, *, nvrtc: str | None = None, kernels: Path | None = None
+) -> tuple[Unit, Nvrtc | None]:
     """Return the unit that `compile_image` compiles, and the NVRTC it needs (None for CPUs)."""
     if target_named(target).is_cpu:
         return unit_module.describe(variant, target, compiler=cxx_identity(cxx()), kernels=kernels), None
@@ -53,12 +51,12 @@ def prepare(
     return unit_module.describe(variant, target, compiler=library.identity, kernels=kernels), library
 
 
-def compile_unit(unit: Unit, library: Optional[Nvrtc]) -> Image:
+def compile_unit(unit: Unit, library: Nvrtc | None) -> Image:
     """Compile what `prepare` described."""
     began = time.perf_counter()
-    registers: Optional[int] = None
-    spills: Optional[int] = None
-    shared: Optional[int] = None
+    registers: int | None = None
+    spills: int | None = None
+    shared: int | None = None
     if library is None:
         payload, entry = _compile_cpu(unit), CPU_ENTRY
     else:
@@ -75,7 +73,7 @@ def compile_unit(unit: Unit, library: Optional[Nvrtc]) -> Image:
     )  # fmt: skip
 
 
-def resources(log: str, entry: str) -> Tuple[Optional[int], Optional[int], Optional[int]]:
+def resources(log: str, entry: str) -> tuple[int | None, int | None, int | None]:
     """Read registers, spilled bytes (stores and loads) and static shared bytes of `entry` off ptxas' -v log."""
     _, found, section = log.partition(f"Compiling entry function '{entry}'")
     if not found:

@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
-from typing import Any, FrozenSet, List, Optional, Tuple, Union
+from typing import Any
 
 from flashinfer_core import targets
 from flashinfer_core.errors import DriverError, InvalidArgumentError
@@ -22,7 +22,7 @@ class Cpu:
 
     machine: str
     model: str
-    flags: FrozenSet[str]
+    flags: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Gpu:
 
     ordinal: int
     name: str
-    capability: Tuple[int, int]
+    capability: tuple[int, int]
     sm_count: int
     shared_optin_bytes: int
     total_memory: int
@@ -51,7 +51,7 @@ def cpu() -> Cpu:
 
 def parse_cpuinfo(machine: str, text: str) -> Cpu:
     """Read the first processor of a /proc/cpuinfo."""
-    facts = {}
+    facts: dict[str, str] = {}
     for line in text.splitlines():
         name, _, value = line.partition(":")
         facts.setdefault(name.strip(), value.strip())
@@ -68,7 +68,7 @@ def gpu(ordinal: int) -> Gpu:
     return Gpu(ordinal, facts["name"], (major, minor), uuid=str(facts["uuid"]), **rest)
 
 
-def gpus() -> List[Gpu]:
+def gpus() -> list[Gpu]:
     """Return all CUDA devices; raise DriverError where there is no driver."""
     return [gpu(ordinal) for ordinal in range(host_call("device_count"))]
 
@@ -88,7 +88,7 @@ def host_call(name: str, *arguments: Any) -> Any:
         raise DriverError(str(error), remedy="python -m flashinfer_core lists what is wrong with the set-up") from None
 
 
-def candidates(device: Union[str, int]) -> List[str]:
+def candidates(device: str | int) -> list[str]:
     """List the targets that `device` ("cpu" or a CUDA ordinal) runs, best first.
 
     FLASHINFER_CPU_TARGET and FLASHINFER_CUDA_TARGET replace the list by one target that must be of it. Raises
@@ -113,7 +113,7 @@ def num_threads() -> int:
         if not asked.isdigit() or int(asked) < 1:
             raise InvalidArgumentError(f"FLASHINFER_NUM_THREADS={asked}", remedy="use a positive number")
         return int(asked)
-    torch: Optional[Any] = sys.modules.get("torch")
+    torch: Any | None = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "get_num_threads"):
         return int(torch.get_num_threads())
     return len(os.sched_getaffinity(0))

@@ -6,7 +6,7 @@ An exception is also the built-in that a caller would guess (`InvalidArgumentErr
 
 from __future__ import annotations
 
-from typing import Any, Dict, Tuple, Type
+from typing import Any
 
 
 class FlashInferError(Exception):
@@ -19,12 +19,12 @@ class FlashInferError(Exception):
         super().__init__(f"{message}\n{remedy}" if remedy else message)
         self.remedy = remedy
 
-    def __reduce__(self) -> Tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # Children have other signatures, so the default way (calling the class with `args`) cannot rebuild them.
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
-def _rebuild(kind: Type[FlashInferError], args: Tuple[Any, ...], state: Dict[str, Any]) -> FlashInferError:
+def _rebuild(kind: type[FlashInferError], args: tuple[Any, ...], state: dict[str, Any]) -> FlashInferError:
     error = kind.__new__(kind)
     error.args = args
     error.__dict__.update(state)

@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import re
 from pathlib import Path
-from typing import Dict, List, Mapping, Sequence, Tuple
+from typing import Mapping, Sequence
 
 from flashinfer_core.errors import CompileError, InstallationError
 
@@ -30,19 +30,19 @@ def package_folder(package: str) -> Path:
     )
 
 
-def roots(kernels: Path) -> Tuple[Path, ...]:
+def roots(kernels: Path) -> tuple[Path, ...]:
     """Return the include path of a package's `kernels` folder."""
     return tuple(dict.fromkeys((kernels, CORE / "kernels")))
 
 
-def closure(sources: Sequence[str], include_roots: Sequence[Path]) -> Dict[str, bytes]:
+def closure(sources: Sequence[str], include_roots: Sequence[Path]) -> dict[str, bytes]:
     """Map every file that `sources` include, directly or not, themselves included, to its bytes, in order of name.
 
     Conditional includes count as taken, so the closure is the same for every target.
     Raises CompileError for an include that no root has.
     """
-    files: Dict[str, bytes] = {}
-    waiting: List[Tuple[str, str]] = [(name, "") for name in sources]
+    files: dict[str, bytes] = {}
+    waiting: list[tuple[str, str]] = [(name, "") for name in sources]
     while waiting:
         name, includer = waiting.pop()
         if name in files:

@@ -5,16 +5,15 @@ Shipped in the package, then the user's cache, then compiled (GPUs only). A ship
 
 Environment variables, read at each call:
 
-| variable | meaning |
-|---|---|
-| `FLASHINFER_CACHE_DIR` | folder of the user's cache; else `$XDG_CACHE_HOME/flashinfer`, `~/.cache/flashinfer`, a folder of this user below the temporary directory, memory |
-| `FLASHINFER_NO_COMPILE=1` | never compile at run time: a kernel that is neither shipped nor cached raises MissingImageError |
-| `FLASHINFER_VERBOSE=1` | tell on stderr which image was chosen and why (logger `flashinfer`, level debug) |
-| `FLASHINFER_CUDA_TARGET` | run this target on GPUs instead of the best one: `compute_75` on an H100 |
-| `FLASHINFER_CPU_TARGET` | run this target on the CPU: `x86_64_v2` |
-| `FLASHINFER_NUM_THREADS` | threads that run a CPU kernel; else as many as torch uses, else all that the process may use |
-| `FLASHINFER_TARGETS` | targets that a build of the packages compiles: a comma list of targets, `cpu`, `cuda` |
-| `FLASHINFER_BUILD_CACHE` | folder where builds keep compiled images; else `~/.cache/flashinfer-build` |
+    FLASHINFER_CACHE_DIR      folder of the user's cache; without it $XDG_CACHE_HOME/flashinfer, ~/.cache/flashinfer,
+                              flashinfer-<uid> in the temporary folder, memory
+    FLASHINFER_NO_COMPILE=1   never compile at run time: a kernel neither shipped nor cached raises MissingImageError
+    FLASHINFER_VERBOSE=1      tell on stderr which image was chosen and why (logger `flashinfer`, level debug)
+    FLASHINFER_CUDA_TARGET    run this target on GPUs instead of the best one: compute_75 on an H100
+    FLASHINFER_CPU_TARGET     run this target on the CPU: x86_64_v2
+    FLASHINFER_NUM_THREADS    threads of a CPU kernel; without it as many as torch uses, or all the process may use
+    FLASHINFER_TARGETS        targets that a build compiles: a comma list of names, `cpu`, `cuda`
+    FLASHINFER_BUILD_CACHE    folder where builds keep compiled images; without it ~/.cache/flashinfer-build
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Mapping, Sequence
 
 from flashinfer_core import cache, headers
 from flashinfer_core.errors import CorruptImageError, InstallationError, MissingImageError
@@ -49,16 +48,17 @@ class Image:
     key: str
     sources: str
     compiler: str
-    flags: Tuple[str, ...]
-    registers: Optional[int]
-    spill_bytes: Optional[int]
-    shared_bytes: Optional[int]
+    flags: tuple[str, ...]
+    registers: int | None
+    spill_bytes: int | None
+    shared_bytes: int | None
     seconds: float
     payload: bytes
 
     def to_bytes(self) -> bytes:
         """Write a JSON line that describes the payload, then the payload."""
-        header = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "payload"}
+        names = (field.name for field in dataclasses.fields(self) if field.name != "payload")
+        header = {name: getattr(self, name) for name in names}
         header["flashinfer_image"] = FORMAT
         header["payload_sha256"] = hashlib.sha256(self.payload).hexdigest()
         header["payload_bytes"] = len(self.payload)
@@ -87,7 +87,7 @@ def path_of(images: Path, target: str, name: str) -> Path:
     return images / target / f"{name}.image"
 
 
-def find(variant: Variant, targets: Union[str, Sequence[str]]) -> Image:
+def find(variant: Variant, targets: str | Sequence[str]) -> Image:
     """Return the image of `variant` for a target, or for the best of several (best first) that there is one for.
 
     Raises as `find_first`.
@@ -102,7 +102,7 @@ def find_first(offered: Mapping[str, Variant]) -> Image:
     Raises MissingImageError that lists what was looked at, CompileError when the source does not compile.
     """
     _speak_up()
-    reasons: List[str] = []
+    reasons: list[str] = []
     for target, variant in offered.items():
         image = shipped(variant, target, reasons)
         if image:
@@ -113,7 +113,7 @@ def find_first(offered: Mapping[str, Variant]) -> Image:
     return _cached_or_compiled(offered, reasons)
 
 
-def shipped(variant: Variant, target: str, reasons: List[str]) -> Optional[Image]:
+def shipped(variant: Variant, target: str, reasons: list[str]) -> Image | None:
     """Return the image in the variant's package; where there is none, append why to `reasons`."""
     from flashinfer_core import unit
 
@@ -134,7 +134,7 @@ def shipped(variant: Variant, target: str, reasons: List[str]) -> Optional[Image
     return image
 
 
-def _cached_or_compiled(offered: Mapping[str, Variant], reasons: List[str]) -> Image:
+def _cached_or_compiled(offered: Mapping[str, Variant], reasons: list[str]) -> Image:
     from flashinfer_core import compiler, nvrtc, unit
 
     try:
@@ -167,7 +167,8 @@ def _missing(offered: Mapping[str, Variant], reasons: Sequence[str]) -> MissingI
     looked = "".join(f"\n  {reason}" for reason in reasons)
     remedy = f"pip install --force-reinstall {variant.package.replace('_', '-')}, or from a source tree: "
     remedy += f"python -m flashinfer_core.compiler {variant.package} --target {target}"
-    return MissingImageError(f"no image of {variant.name} for {' or '.join(offered)}; looked at:{looked}", remedy=remedy)
+    wanted = f"no image of {variant.name} for {' or '.join(offered)}"
+    return MissingImageError(f"{wanted}; looked at:{looked}", remedy=remedy)
 
 
 @functools.lru_cache(maxsize=None)

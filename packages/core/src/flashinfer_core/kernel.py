@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from typing import Any, Callable, Dict, Optional, Tuple, Union, cast
+from typing import Any, Callable, Optional, Union, cast
 
 from flashinfer_core import device as devices
 from flashinfer_core import images
@@ -16,7 +16,7 @@ from flashinfer_core.variant import Variant
 Device = Union[str, int]
 Factory = Callable[[str], Optional[Variant]]
 
-_LOADED: Dict[Tuple[Variant, Device, str], "Kernel"] = {}
+_LOADED: dict[tuple[Variant, Device, str], Kernel] = {}
 _LOCK = threading.Lock()
 
 
@@ -27,7 +27,7 @@ class Kernel:
         self.variant = variant
         self.device = device
         self.target = image.target
-        self.registers: Optional[int] = image.registers
+        self.registers: int | None = image.registers
         self._function = function
 
     @property
@@ -49,30 +49,37 @@ class Kernel:
             raise DriverError(f"{self.variant.name} on {self.target}: {error}") from None
 
 
-def load(variant_or_factory: Union[Variant, Factory], device: Device) -> Kernel:
+def load(variant_or_factory: Variant | Factory, device: Device) -> Kernel:
     """Return the kernel of a variant on `device`: "cpu" or a CUDA ordinal.
 
     A factory is called with a target's name, best first, and returns the variant for it or None where the target has
     none; for variants whose threads or shared memory depend on the target. Kept per process by (variant, device,
     forced target). Raises UnsupportedDeviceError, MissingImageError, CompileError, DriverError.
     """
-    candidates = devices.candidates(device)
-    make = cast(Factory, variant_or_factory) if callable(variant_or_factory) else (lambda target: variant_or_factory)
-    offered = [(target, variant) for target in candidates for variant in [make(target)] if variant is not None]
-    if not offered:
-        raise MissingImageError(f"{variant_or_factory!r} has no variant for any of {', '.join(candidates)}")
     forced = os.environ.get("FLASHINFER_CPU_TARGET" if device == "cpu" else "FLASHINFER_CUDA_TARGET", "")
-    key = (offered[0][1], device, forced)
+    offered = _offered(variant_or_factory, device) if callable(variant_or_factory) else None
+    first = next(iter(offered.values())) if offered else cast(Variant, variant_or_factory)
+    key = (first, device, forced)
     kernel = _LOADED.get(key)
     if kernel is None:
         with _LOCK:  # two threads that want the same kernel must not both compile it
             kernel = _LOADED.get(key)
             if kernel is None:
-                kernel = _LOADED[key] = _open(dict(offered), device)
+                kernel = _open(offered or dict.fromkeys(devices.candidates(device), first), device)
+                _LOADED[key] = kernel
     return kernel
 
 
-def _open(offered: Dict[str, Variant], device: Device) -> Kernel:
+def _offered(factory: Factory, device: Device) -> dict[str, Variant]:
+    candidates = devices.candidates(device)
+    made = {target: factory(target) for target in candidates}
+    offered = {target: variant for target, variant in made.items() if variant is not None}
+    if not offered:
+        raise MissingImageError(f"{factory!r} has no variant for any of {', '.join(candidates)}")
+    return offered
+
+
+def _open(offered: dict[str, Variant], device: Device) -> Kernel:
     image = images.find_first(offered)
     variant = offered[image.target]
     from flashinfer_core import _host
@@ -85,5 +92,3 @@ def _open(offered: Dict[str, Variant], device: Device) -> Kernel:
     except RuntimeError as error:
         raise DriverError(f"loading {image.name} for {image.target} failed: {error}") from None
     return Kernel(variant, image, device, function)
-
-

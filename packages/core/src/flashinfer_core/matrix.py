@@ -14,7 +14,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Mapping
 
 from flashinfer_core.errors import InstallationError
 
@@ -23,17 +23,16 @@ _HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Row:
-    """One CUDA (`"12.4"`, or `"cpu"`) with the torch and Python versions that have wheels, and the NVRTC they use."""
+    """One CUDA (`"12.4"`, or `"cpu"`), the torch versions it has wheels for with the Pythons of each, its NVRTC."""
 
     cuda: str
-    torch: Tuple[str, ...]
-    python: Tuple[str, ...] = ()
+    torch: Mapping[str, tuple[str, ...]]
     nvrtc: str = ""
+    targets: tuple[str, ...] = ()
 
-    def index(self, torch: str) -> str:
-        """Return the wheel index folder of this CUDA with a torch version: `cu124/torch2.5`."""
-        cuda = self.cuda if self.cuda == "cpu" else "cu" + self.cuda.replace(".", "")
-        return f"{cuda}/torch{torch}"
+    def folder(self, torch: str) -> str:
+        """Return the folder of the wheel index for a torch version of this row: `cu124/torch2.5`."""
+        return f"{short_cuda(self.cuda)}/torch{torch}"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class TorchBuild:
     """The installed torch: version ("2.5.1"), and the CUDA it was built for ("12.4"; None: CPU only)."""
 
     version: str
-    cuda: Optional[str]
+    cuda: str | None
 
     @property
     def minor(self) -> str:
@@ -50,7 +49,7 @@ class TorchBuild:
 
 
 @functools.lru_cache(maxsize=None)
-def rows() -> Tuple[Row, ...]:
+def rows() -> tuple[Row, ...]:
     """Return the matrix; raise InstallationError where neither the wheel's nor the tree's list can be read."""
     packed = _HERE / "matrix.json"
     if packed.exists():
@@ -64,25 +63,36 @@ def rows() -> Tuple[Row, ...]:
     )
 
 
-def parse(data: Dict[str, Any]) -> Tuple[Row, ...]:
-    """Turn `{"row": [{"cuda": ..., "torch": [...], ...}]}` into rows."""
+def parse(data: Mapping[str, Any]) -> tuple[Row, ...]:
+    """Turn the list `row` (cuda, nvrtc, torch, targets) and the table `torch` (version to its Pythons) into rows."""
+    pythons = {version: tuple(facts["python"]) for version, facts in data["torch"].items()}
     return tuple(
-        Row(str(row["cuda"]), tuple(row["torch"]), tuple(row.get("python", ())), row.get("nvrtc", ""))
+        Row(
+            row["cuda"],
+            {version: pythons[version] for version in row["torch"]},
+            row.get("nvrtc", ""),
+            tuple(row.get("targets", ())),
+        )
         for row in data["row"]
     )
 
 
-def _toml(path: Path) -> Dict[str, Any]:
+def short_cuda(cuda: str | None) -> str:
+    """Spell a CUDA version as index folders do: "12.4" is cu124, None or "cpu" is cpu."""
+    return "cpu" if cuda in (None, "cpu") else "cu" + "".join(str(cuda).split(".")[:2])
+
+
+def _toml(path: Path) -> dict[str, Any]:
     for name in ("tomllib", "tomli"):
         if importlib.util.find_spec(name):
-            data: Dict[str, Any] = importlib.import_module(name).loads(path.read_text())
+            data: dict[str, Any] = importlib.import_module(name).loads(path.read_text())
             return data
     raise InstallationError(
         f"reading {path} needs Python 3.11 or the package tomli", remedy="pip install tomli, or install the wheel"
     )
 
 
-def torch_build() -> Optional[TorchBuild]:
+def torch_build() -> TorchBuild | None:
     """Return the installed torch without importing it; None where there is none."""
     loaded = sys.modules.get("torch")
     if loaded is not None and hasattr(loaded, "version"):
@@ -93,7 +103,7 @@ def torch_build() -> Optional[TorchBuild]:
     return _parse_torch_version(os.path.join(os.path.dirname(spec.origin), "version.py"))
 
 
-def _parse_torch_version(path: str) -> Optional[TorchBuild]:
+def _parse_torch_version(path: str) -> TorchBuild | None:
     try:
         with open(path) as file:
             text = file.read()

@@ -13,7 +13,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Iterator, Mapping, Sequence, Tuple
 
 from flashinfer_core.errors import CompileError, InstallationError
 
@@ -31,7 +31,7 @@ class Candidate:
 
     path: str
     origin: str
-    version: Optional[Version] = None
+    version: Version | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Nvrtc:
         return f"{self.version[0]}.{self.version[1]}"
 
     @functools.lru_cache(maxsize=None)  # noqa: B019 - one object per library of the process
-    def _architectures(self) -> Tuple[int, ...]:
+    def _architectures(self) -> tuple[int, ...]:
         count = ctypes.c_int()
         self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
         numbers = (ctypes.c_int * count.value)()
@@ -139,13 +139,13 @@ def compile_failure(
 
 
 @functools.lru_cache(maxsize=None)
-def find(version: Optional[str] = None) -> Nvrtc:
+def find(version: str | None = None) -> Nvrtc:
     """Load the first NVRTC of the search order; with `version` ("13.0"), the first of that version.
 
     Raises InstallationError that lists every candidate and why it was rejected.
     """
     wanted = parse_version(version) if version else None
-    rejected: List[str] = []
+    rejected: list[str] = []
     for candidate in candidates():
         if wanted and candidate.version and candidate.version != wanted:
             rejected.append(f"{candidate.path} ({candidate.origin}): is version {_text(candidate.version)}")
@@ -172,8 +172,8 @@ def parse_version(text: str) -> Version:
 
 def candidates() -> Iterator[Candidate]:
     """Yield every NVRTC there may be: in the process, of torch's packages, of CUDA_HOME, of the loader's path."""
-    seen: Dict[str, bool] = {}
-    searches: Tuple[Tuple[str, Callable[[], Iterator[Path]]], ...] = (
+    seen: dict[str, bool] = {}
+    searches: tuple[tuple[str, Callable[[], Iterator[Path]]], ...] = (
         ("loaded in this process", _loaded),
         ("Python package", _packaged),
         ("CUDA_HOME", _toolkit),
@@ -198,7 +198,7 @@ def _loaded() -> Iterator[Path]:
 
 
 def _packaged() -> Iterator[Path]:
-    found: List[Path] = []
+    found: list[Path] = []
     for entry in dict.fromkeys(sys.path):
         folder = Path(entry or ".")
         for pattern in ("nvidia/cuda_nvrtc/lib", "nvidia/cu[0-9]*/lib", "torch/lib"):
@@ -215,25 +215,27 @@ def _toolkit() -> Iterator[Path]:
                 yield from _libraries(Path(os.environ[variable]) / lib)
 
 
-def _libraries(folder: Path) -> List[Path]:
+def _libraries(folder: Path) -> list[Path]:
     # Shortest name first: the soname's link rather than what it points to.
     found = (path for path in folder.glob("libnvrtc*.so*") if _LIBRARY.match(path.name))
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
-def _builtins_beside(library: Path) -> List[Path]:
+def _builtins_beside(library: Path) -> list[Path]:
     return sorted(path for path in library.parent.glob("libnvrtc-builtins*.so.*") if _BUILTINS.match(path.name))
 
 
-def _version_beside(library: Path) -> Optional[Version]:
-    versions = {tuple(map(int, match.groups())) for p in _builtins_beside(library) if (match := _BUILTINS.match(p.name))}
+def _version_beside(library: Path) -> Version | None:
+    versions = {
+        tuple(map(int, match.groups())) for p in _builtins_beside(library) if (match := _BUILTINS.match(p.name))
+    }
     if len(versions) != 1:
         return None  # several versions share the folder: only the library itself knows
     major, minor = versions.pop()
     return major, minor
 
 
-def _torch_cuda() -> Optional[str]:
+def _torch_cuda() -> str | None:
     from flashinfer_core.matrix import torch_build
 
     build = torch_build()
@@ -244,7 +246,7 @@ def _text(version: Version) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-def _package(wanted: Optional[Version]) -> str:
+def _package(wanted: Version | None) -> str:
     if wanted is None:
         return _OUT_OF_DATE
     if wanted[0] >= 13:

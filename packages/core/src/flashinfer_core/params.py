@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-from typing import Any, Dict, List, Mapping, Tuple, Type
+from typing import Any, Mapping
 
 from flashinfer_core import headers
 from flashinfer_core.errors import InstallationError, InvalidArgumentError
@@ -26,7 +26,7 @@ _SIZE = re.compile(r"static_assert\s*\(\s*sizeof\s*\(\s*(\w+)\s*\)\s*==\s*(\d+)"
 
 
 @functools.lru_cache(maxsize=None)
-def structure(package: str, header: str, name: str) -> Type[ctypes.Structure]:
+def structure(package: str, header: str, name: str) -> type[ctypes.Structure]:
     """Return the struct `name` of `header` (below the package's `kernels/`) as a ctypes.Structure.
 
     Pointers are c_void_p: assign integers. Nested structs, also of included headers, become nested structures.
@@ -36,7 +36,7 @@ def structure(package: str, header: str, name: str) -> Type[ctypes.Structure]:
     return parse(headers.closure([header], headers.roots(folder)), name)
 
 
-def parse(files: Mapping[str, bytes], name: str) -> Type[ctypes.Structure]:
+def parse(files: Mapping[str, bytes], name: str) -> type[ctypes.Structure]:
     """Return the struct `name` declared in any of `files`."""
     text = _COMMENT.sub("", "\n".join(content.decode() for content in files.values()))
     bodies = {match[1]: match[2] for match in _STRUCT.finditer(text)}
@@ -45,13 +45,13 @@ def parse(files: Mapping[str, bytes], name: str) -> Type[ctypes.Structure]:
 
 
 def _build(
-    name: str, bodies: Mapping[str, str], sizes: Mapping[str, int], done: Dict[str, Type[ctypes.Structure]]
-) -> Type[ctypes.Structure]:
+    name: str, bodies: Mapping[str, str], sizes: Mapping[str, int], done: dict[str, type[ctypes.Structure]]
+) -> type[ctypes.Structure]:
     if name in done:
         return done[name]
     if name not in bodies:
         raise InvalidArgumentError(f"no plain struct {name}", remedy=f"known here: {', '.join(sorted(bodies))}")
-    fields: List[Tuple[str, Any]] = []
+    fields: list[tuple[str, Any]] = []
     for declaration in bodies[name].split(";"):
         if declaration.strip():
             fields.append(_field(name, declaration.strip(), bodies, sizes, done))
@@ -59,7 +59,7 @@ def _build(
     if sizes.get(name) != ctypes.sizeof(result):
         raise InstallationError(
             f"struct {name} is {ctypes.sizeof(result)} bytes here, and its header asserts {sizes.get(name)}",
-            remedy=f'give the header a `static_assert(sizeof({name}) == ...)` that holds, or reinstall the package',
+            remedy=f"give the header a `static_assert(sizeof({name}) == ...)` that holds, or reinstall the package",
         )
     done[name] = result
     return result
@@ -70,8 +70,8 @@ def _field(
     declaration: str,
     bodies: Mapping[str, str],
     sizes: Mapping[str, int],
-    done: Dict[str, Type[ctypes.Structure]],
-) -> Tuple[str, Any]:
+    done: dict[str, type[ctypes.Structure]],
+) -> tuple[str, Any]:
     match = _FIELD.match(declaration)
     if not match:
         raise InvalidArgumentError(

@@ -6,7 +6,7 @@ Nothing here asks the machine: capabilities and CPU flags come in as arguments, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import AbstractSet, Dict, List, Sequence, Tuple
+from typing import AbstractSet, Sequence, Tuple
 
 from flashinfer_core.errors import InvalidArgumentError, UnsupportedDeviceError
 
@@ -21,7 +21,7 @@ class Target:
     kind: str
     capability: Capability = (0, 0)
     march: str = ""
-    cpu_flags: Tuple[str, ...] = ()
+    cpu_flags: tuple[str, ...] = ()
 
     @property
     def is_cpu(self) -> bool:
@@ -38,7 +38,7 @@ _V2 = ("cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3")
 _V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
-TARGETS: Dict[str, Target] = {
+TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("sm_75", "cubin", (7, 5)),
@@ -68,7 +68,7 @@ def target_named(name: str) -> Target:
         raise InvalidArgumentError(f"unknown target {name!r}", remedy=f"known targets: {', '.join(TARGETS)}") from None
 
 
-def cuda_candidates(capability: Capability) -> List[str]:
+def cuda_candidates(capability: Capability) -> list[str]:
     """List the GPU targets that run on `capability`, best first.
 
     An exact cubin (`sm_90a`, then `sm_90`), cubins of lower minor versions, PTX of any lower or equal version.
@@ -77,7 +77,7 @@ def cuda_candidates(capability: Capability) -> List[str]:
     capability = (capability[0], capability[1])
     if capability < OLDEST_CAPABILITY:
         raise UnsupportedDeviceError(
-            f"a GPU of compute capability {capability[0]}.{capability[1]} is too old: kernels need 7.5 (Turing) or newer",
+            f"a GPU of compute capability {capability[0]}.{capability[1]} is too old: kernels need 7.5 (Turing)",
             remedy="run on the CPU, or on a GPU from T4, RTX 20 on; nothing can be installed that changes this",
         )
     fitting = [
@@ -96,7 +96,7 @@ def _cubin_runs(target: Target, capability: Capability) -> bool:
     return target.capability[0] == capability[0] and target.capability[1] <= capability[1]
 
 
-def cpu_candidates(machine: str, flags: AbstractSet[str]) -> List[str]:
+def cpu_candidates(machine: str, flags: AbstractSet[str]) -> list[str]:
     """List the CPU targets that a processor with these /proc/cpuinfo `flags` runs, best first.
 
     `machine` is platform.machine(). Raises UnsupportedDeviceError where none runs.
@@ -104,7 +104,7 @@ def cpu_candidates(machine: str, flags: AbstractSet[str]) -> List[str]:
     if machine in ("aarch64", "arm64"):
         return ["aarch64"]
     if machine in ("x86_64", "AMD64"):
-        levels = [t for t in TARGETS.values() if t.march.startswith("x86-64") and flags.issuperset(t.cpu_flags)]
+        levels = [t for t in TARGETS.values() if t.march.startswith("x86-64") and flags >= set(t.cpu_flags)]
         if levels:
             return [target.name for target in reversed(levels)]
         missing = sorted(set(_V2) - set(flags))
@@ -115,7 +115,7 @@ def cpu_candidates(machine: str, flags: AbstractSet[str]) -> List[str]:
     raise UnsupportedDeviceError(f"there are no kernels for a {machine!r} CPU", remedy="use x86-64 or aarch64")
 
 
-def expand(names: Sequence[str], machine: str) -> List[str]:
+def expand(names: Sequence[str], machine: str) -> list[str]:
     """Replace the groups `cpu` (all levels of `machine`) and `cuda` (all GPU targets) in a list; keep the order."""
     groups = {
         "cuda": [t.name for t in TARGETS.values() if not t.is_cpu],

@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Sequence
 
 from flashinfer_core import headers
 from flashinfer_core.targets import target_named
@@ -38,8 +38,8 @@ class Unit:
     expression: str
     target: str
     text: str
-    headers: Dict[str, bytes]
-    flags: Tuple[str, ...]
+    headers: dict[str, bytes]
+    flags: tuple[str, ...]
     compiler: str
 
     @property
@@ -54,13 +54,13 @@ class Unit:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def describe(variant: Variant, target: str, *, compiler: str, kernels: Optional[Path] = None) -> Unit:
+def describe(variant: Variant, target: str, *, compiler: str, kernels: Path | None = None) -> Unit:
     """Return the unit of `variant` for `target`; `kernels` replaces the folder of the variant's package."""
     facts = target_named(target)
     folder = kernels or headers.package_folder(variant.package) / "kernels"
     files = headers.closure(_includes(variant, target), headers.roots(folder))
     text = "".join(f'#include "{name}"\n' for name in _includes(variant, target))
-    flags: Tuple[str, ...] = GPU_FLAGS
+    flags: tuple[str, ...] = GPU_FLAGS
     if facts.is_cpu:
         flags = (*CPU_FLAGS, f"-march={facts.march}")
         text += _cpu_entry(variant.expression)
@@ -78,8 +78,7 @@ def _includes(variant: Variant, target: str) -> Sequence[str]:
 
 def _cpu_entry(expression: str) -> str:
     return (
-        f'extern "C" __attribute__((visibility("default"))) void {CPU_ENTRY}(\n'
-        f"    const void* params, int32_t worker, int32_t num_workers) {{\n"
+        f'extern "C" void {CPU_ENTRY}(const void* params, int32_t worker, int32_t num_workers) {{\n'
         f"  flashinfer::enter<&{expression}>(params, worker, num_workers);\n"
         f"}}\n"
     )
