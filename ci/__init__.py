@@ -1,0 +1,1 @@
+"""Building, stamping and bundling of the wheels: what noxfile.py and the build hook call."""

