@@ -7,4 +7,5 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Driver, CPU executor and planner of flashinfer_core; private, its typed front is Python.";
   flashinfer::host::bind_planner(m);
   flashinfer::host::bind_cpu(m);
+  flashinfer::host::bind_cuda(m);
 }

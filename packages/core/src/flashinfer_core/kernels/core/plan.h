@@ -53,7 +53,7 @@ FLASHINFER_HOST_DEVICE inline int32_t visible_keys(int32_t q_len, int32_t kv_len
   if (!causal) return kv_len;
   const int64_t row_end = int64_t(row_begin) + tile_rows;
   const int64_t rows = int64_t(q_len) * group;
-  const int64_t last_query = ((row_end < rows ? row_end : rows) - 1) / group;
+  const int64_t last_query = row_end < rows ? (row_end - 1) / group : int64_t(q_len) - 1;
   const int64_t seen = int64_t(kv_len) - q_len + last_query + 1;
   return seen < 0 ? 0 : int32_t(seen < kv_len ? seen : kv_len);
 }
@@ -107,7 +107,7 @@ struct WorkerRanges {
 struct PlanCounter {
   PlanCounts counts = {0, 0, 0};
 
-  FLASHINFER_HOST_DEVICE void whole(const PlanTile&) { ++counts.items; }
+  FLASHINFER_HOST_DEVICE void whole(const PlanTile&, int32_t heads) { counts.items += heads; }
   FLASHINFER_HOST_DEVICE void piece(const PlanTile&, int32_t, int32_t) {
     ++counts.items;
     ++counts.pieces;
@@ -126,14 +126,22 @@ struct PlanWriter {
     out.worker_indptr[0] = 0;
   }
 
-  FLASHINFER_HOST_DEVICE void write(const PlanTile& t, int32_t kv_begin, int32_t kv_end, int32_t partial) {
-    out.items[counts.items++] = WorkItem{t.q_start,   t.q_len,  t.kv_start, t.kv_len, t.kv_head,
-                                         t.row_begin, kv_begin, kv_end,     partial,  {0, 0, 0}};
+  FLASHINFER_HOST_DEVICE static WorkItem item(const PlanTile& t, int32_t kv_begin, int32_t kv_end, int32_t partial) {
+    return WorkItem{t.q_start,   t.q_len,  t.kv_start, t.kv_len, t.kv_head,
+                    t.row_begin, kv_begin, kv_end,     partial,  {0, 0, 0}};
   }
-  FLASHINFER_HOST_DEVICE void whole(const PlanTile& t) { write(t, 0, t.visible, -1); }
+  FLASHINFER_HOST_DEVICE void whole(const PlanTile& t, int32_t heads) {
+    const WorkItem first = item(t, 0, t.visible, -1);
+    WorkItem* const to = out.items + counts.items;
+    for (int32_t i = 0; i < heads; ++i) {
+      to[i] = first;
+      to[i].kv_head = t.kv_head + i;
+    }
+    counts.items += heads;
+  }
   FLASHINFER_HOST_DEVICE void piece(const PlanTile& t, int32_t first, int32_t last) {
     const int32_t kv_end = last == t.key_tiles ? t.visible : last * shape.kv_tile;
-    write(t, first * shape.kv_tile, kv_end, counts.pieces++ * shape.tile_rows);
+    out.items[counts.items++] = item(t, first * shape.kv_tile, kv_end, counts.pieces++ * shape.tile_rows);
   }
   FLASHINFER_HOST_DEVICE void merge(const PlanTile& t, int32_t pieces) {
     const int32_t rows = smaller(shape.tile_rows, t.q_len * shape.group - t.row_begin);
@@ -166,15 +174,22 @@ struct PlanCutter {
     range_end = ranges.end_of(++worker);
   }
 
-  FLASHINFER_HOST_DEVICE void place(const PlanTile& t) {
-    const int64_t begin = position;
-    const int64_t end = begin + t.key_tiles + 1;
-    position = end;
-    while (range_end <= begin) end_worker();
-    if (end <= range_end) {
-      sink.whole(t);
-    } else {
-      cut(t, begin, end);
+  // Places `t` and the same tile of the `heads` - 1 KV heads after it.
+  FLASHINFER_HOST_DEVICE void place(PlanTile t, int32_t heads) {
+    const int64_t cost = int64_t(t.key_tiles) + 1;
+    for (const int32_t end = t.kv_head + heads; t.kv_head < end;) {
+      while (range_end <= position) end_worker();
+      const int64_t room = range_end - position;
+      const int32_t wanted = end - t.kv_head;
+      const int32_t run = wanted * cost <= room ? wanted : int32_t(room / cost);
+      if (run > 0) {
+        sink.whole(t, run);
+      } else {
+        cut(t, position, position + cost);
+      }
+      const int32_t placed = run > 0 ? run : 1;
+      position += placed * cost;
+      t.kv_head += placed;
     }
   }
 
@@ -190,7 +205,7 @@ struct PlanCutter {
       ++pieces;
     }
     if (pieces == 0) {
-      sink.whole(t);
+      sink.whole(t, 1);
     } else {
       sink.piece(t, done, t.key_tiles);
       sink.merge(t, pieces + 1);
@@ -209,13 +224,13 @@ FLASHINFER_HOST_DEVICE void cut(const PlanShape& shape, const PlanLengths& lengt
   for (int32_t request = 0; request < lengths.num_requests; ++request) {
     const int32_t q_len = lengths.q_indptr[request + 1] - lengths.q_indptr[request];
     const int32_t tiles = tiles_of(q_len, shape.group, shape.tile_rows);
-    if (tiles == 0) continue;
-    PlanTile t = tile_at(shape, lengths, request, 0);
-    for (int32_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
+    // A request of one tile, as in decode, has the same tile for every head.
+    const int32_t heads_at_once = tiles == 1 ? shape.kv_heads : 1;
+    for (int32_t kv_head = 0; kv_head < shape.kv_heads; kv_head += heads_at_once) {
       for (int32_t tile = 0; tile < tiles; ++tile) {
-        if (tiles > 1) t = tile_at(shape, lengths, request, tile);  // decode's only tile is the same for every head
+        PlanTile t = tile_at(shape, lengths, request, tile);
         t.kv_head = kv_head;
-        cutter.place(t);
+        cutter.place(t, heads_at_once);
       }
     }
   }
