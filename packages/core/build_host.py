@@ -13,7 +13,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterable, List, Optional, Sequence
+from typing import Iterable, Sequence
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "host"
@@ -27,7 +27,7 @@ COMPILE_FLAGS = ("-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-W
 LINK_FLAGS = ("-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,-s", "-pthread", "-ldl")
 
 
-def default_includes() -> List[str]:
+def default_includes() -> list[str]:
     """Return the header folders of the running Python and its pybind11."""
     import pybind11
 
@@ -43,13 +43,13 @@ def _is_fresh(target: Path, command: Sequence[str], inputs: Iterable[Path]) -> b
 
 
 def _run(target: Path, command: Sequence[str]) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"building {target.name} failed:\n{shlex.join(command)}\n{done.stdout}")
     target.with_suffix(".command").write_text(shlex.join(command))
 
 
-def _included(depfile: Path) -> List[Path]:
+def _included(depfile: Path) -> list[Path]:
     if not depfile.exists():
         return []
     rule = depfile.read_text().replace("\\\n", " ").split(":", 1)[1]
@@ -70,9 +70,9 @@ def _compile(source: Path, folder: Path, compiler: Sequence[str], includes: Sequ
 def build(
     out_dir: Path,
     *,
-    python_includes: Optional[Sequence[str]] = None,
-    suffix: Optional[str] = None,
-    build_dir: Optional[Path] = None,
+    python_includes: Sequence[str] | None = None,
+    suffix: str | None = None,
+    build_dir: Path | None = None,
 ) -> Path:
     """Build `_host` into `out_dir` and return the file's path.
 

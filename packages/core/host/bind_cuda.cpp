@@ -35,11 +35,10 @@ py::dict facts_dict(int device) {
     py::gil_scoped_release release;
     facts = device_facts(device);
   }
-  return py::dict("name"_a = facts.name,
-                  "capability"_a = py::make_tuple(facts.capability_major, facts.capability_minor),
-                  "sm_count"_a = facts.sm_count, "shared_optin_bytes"_a = facts.shared_optin_bytes,
-                  "total_memory"_a = facts.total_memory, "l2_bytes"_a = facts.l2_bytes,
-                  "uuid"_a = uuid_text(facts.uuid));
+  return py::dict(
+      "name"_a = facts.name, "capability"_a = py::make_tuple(facts.capability_major, facts.capability_minor),
+      "sm_count"_a = facts.sm_count, "shared_optin_bytes"_a = facts.shared_optin_bytes,
+      "total_memory"_a = facts.total_memory, "l2_bytes"_a = facts.l2_bytes, "uuid"_a = uuid_text(facts.uuid));
 }
 
 std::unique_ptr<CudaFunction> cuda_load(const py::bytes& payload, const std::string& entry, int device, int threads,

@@ -81,9 +81,9 @@ struct Driver {
   CudaResult (*function_attribute)(int* value, FunctionAttribute attribute, CudaFunctionHandle function);
   CudaResult (*set_function_attribute)(CudaFunctionHandle function, FunctionAttribute attribute, int value);
   CudaResult (*occupancy)(int* blocks, CudaFunctionHandle function, int block_size, size_t dynamic_shared_bytes);
-  CudaResult (*launch)(CudaFunctionHandle function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
-                       unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes, CudaStream stream,
-                       void** params, void** extra);
+  CudaResult (*launch)(CudaFunctionHandle function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                       unsigned block_y, unsigned block_z, unsigned shared_bytes, CudaStream stream, void** params,
+                       void** extra);
   // Null where the driver is too old.
   CudaResult (*launch_ex)(const CudaLaunchConfig* config, CudaFunctionHandle function, void** params, void** extra);
   CudaResult (*function_load)(CudaFunctionHandle function);

@@ -43,8 +43,8 @@ void check_indptr(const char* name, const int32_t* indptr, int32_t count) {
   if (indptr[0] < 0) invalid(std::string(name) + "[0] must not be negative, got " + std::to_string(indptr[0]));
   for (int32_t i = 0; i < count; ++i) {
     if (indptr[i + 1] >= indptr[i]) continue;
-    invalid(std::string(name) + " must not decrease, but " + name + "[" + std::to_string(i + 1) + "] = " +
-            std::to_string(indptr[i + 1]) + " follows " + std::to_string(indptr[i]));
+    invalid(std::string(name) + " must not decrease, but " + name + "[" + std::to_string(i + 1) +
+            "] = " + std::to_string(indptr[i + 1]) + " follows " + std::to_string(indptr[i]));
   }
 }
 
@@ -140,8 +140,7 @@ PlanResult plan(const PlanShape& shape, const PlanLengths& lengths, int64_t max_
   const PlanBuffers buffers = {at<int32_t>(out, 0), at<int32_t>(out, offsets.num_merges),
                                at<MergeItem>(out, offsets.merges), at<WorkItem>(out, offsets.items)};
   const PlanCounts counts = flashinfer::plan(shape, lengths, max_pieces * shape.tile_rows, buffers);
-  return {counts, int64_t(counts.pieces) * shape.tile_rows,
-          offsets.items + counts.items * int64_t(sizeof(WorkItem))};
+  return {counts, int64_t(counts.pieces) * shape.tile_rows, offsets.items + counts.items * int64_t(sizeof(WorkItem))};
 }
 
 UniformResult uniform_plan(const PlanShape& shape, int32_t q_len, int32_t kv_len, int64_t max_partial_rows) {

@@ -1,8 +1,8 @@
 // From lengths to work: a stream-K schedule over tiles of packed rows, and its closed form for a single request.
 //
 // All tiles are laid end to end, each as long as its key tiles plus one for starting it; the whole is cut into equal
-// ranges, one for each worker. So at most workers - 1 tiles are cut, whatever the batch, and buffers follow from maxima.
-// Plain functions: g++ compiles them for lengths on the host, NVRTC for lengths on the device.
+// ranges, one for each worker. So at most workers - 1 tiles are cut, whatever the batch, and buffers follow from
+// maxima. Plain functions: g++ compiles them for lengths on the host, NVRTC for lengths on the device.
 #pragma once
 
 #include "core/work.h"
@@ -10,10 +10,10 @@
 namespace flashinfer {
 
 struct PlanShape {
-  int32_t group;        // query heads of a KV head
+  int32_t group;  // query heads of a KV head
   int32_t kv_heads;
-  int32_t tile_rows;    // packed rows of a tile
-  int32_t kv_tile;      // keys of a tile; pieces begin and end at its multiples
+  int32_t tile_rows;  // packed rows of a tile
+  int32_t kv_tile;    // keys of a tile; pieces begin and end at its multiples
   int32_t causal;
   int32_t num_workers;
 };
@@ -238,8 +238,8 @@ FLASHINFER_HOST_DEVICE void cut(const PlanShape& shape, const PlanLengths& lengt
 }
 
 // The smallest quantum found, by bisection, whose pieces fit `max_pieces`: splits adapt to the buffer that is given.
-FLASHINFER_HOST_DEVICE inline int32_t fitting_quantum(const PlanShape& shape, const PlanLengths& lengths,
-                                                      int64_t total, int32_t max_pieces) {
+FLASHINFER_HOST_DEVICE inline int32_t fitting_quantum(const PlanShape& shape, const PlanLengths& lengths, int64_t total,
+                                                      int32_t max_pieces) {
   if (max_pieces / 2 >= shape.num_workers - 1) return 1;
   int32_t longest = 1;
   for (int32_t request = 0; request < lengths.num_requests; ++request) {
@@ -280,14 +280,13 @@ FLASHINFER_HOST_DEVICE inline WorkItem uniform_item(const UniformWork& work, int
   const int64_t end = begin + work.piece_len;
   const int32_t kv_begin = int32_t(begin < visible ? begin : visible);
   const int32_t kv_end = int32_t(end < visible ? end : visible);
-  const int32_t partial =
-      work.pieces == 1 ? -1 : ((kv_head * work.tiles + tile) * work.pieces + piece) * tile_rows;
+  const int32_t partial = work.pieces == 1 ? -1 : ((kv_head * work.tiles + tile) * work.pieces + piece) * tile_rows;
   return WorkItem{0, work.q_len, 0, work.kv_len, kv_head, row_begin, kv_begin, kv_end, partial, {0, 0, 0}};
 }
 
 // Merge `index` of [0, kv_heads * tiles) of the same request.
-FLASHINFER_HOST_DEVICE inline MergeItem uniform_merge(const UniformWork& work, int32_t group,
-                                                      int32_t /*kv_heads*/, int32_t tile_rows, int32_t index) {
+FLASHINFER_HOST_DEVICE inline MergeItem uniform_merge(const UniformWork& work, int32_t group, int32_t /*kv_heads*/,
+                                                      int32_t tile_rows, int32_t index) {
   const int32_t kv_head = index / work.tiles;
   const int32_t row_begin = index % work.tiles * tile_rows;
   const int32_t rows = smaller(tile_rows, work.q_len * group - row_begin);
