@@ -16,7 +16,8 @@ void attention(const AttentionParams& p, int32_t worker, int32_t num_workers) {
     static_assert(kTileRows == PrefillTile<T>::kRows, "tile_rows names the decode or the prefill tile");
     PrefillTile<T> tile;
     WorkItem item;
-    for (WorkerItems items(p, p.group, p.kv_heads, kTileRows, worker, num_workers); items.next(item);) tile.run(p, item);
+    for (WorkerItems items(p, p.group, p.kv_heads, kTileRows, worker, num_workers); items.next(item);)
+      tile.run(p, item);
   }
 }
 
