@@ -48,7 +48,9 @@ def wheel(session: nox.Session) -> None:
 def index(session: nox.Session) -> None:
     """Write a static package index of build/wheels to build/index."""
     session.install(*_group("build"))
-    shutil.rmtree(INDEX, ignore_errors=True)  # a wheel rebuilt under the same version is refused by an index that has it
+    shutil.rmtree(
+        INDEX, ignore_errors=True
+    )  # a wheel rebuilt under the same version is refused by an index that has it
     session.run("python", "-m", "wheelindex", str(INDEX), *map(str, sorted(WHEELS.glob("*.whl"))))
 
 
@@ -100,6 +102,6 @@ def types(session: nox.Session) -> None:
 
 @nox.session(python="3.12", reuse_venv=True)
 def bundle(session: nox.Session) -> None:
-    """Put index, tests and script for a GPU machine without a network into bundle/; `-- --targets sm_90,cpu` chooses."""
+    """Put an index, tests and a script for a GPU machine without a network into bundle/; `-- --targets sm_90` chooses."""
     session.install(*_facts(session, "cu130/torch2.11")["build"], *_group("build"))
     session.run("python", "-m", "ci.bundle", "bundle", *session.posargs)

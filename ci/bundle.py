@@ -19,7 +19,7 @@ BUILD = "cu130/torch2.11"
 # A cubin for the GPU at hand, and as PTX the code paths of the older architectures, which run on it too.
 TARGETS = "sm_90,compute_75,compute_80,cpu"
 LIMIT = 40_000_000
-CARRIED = ("tests", "benchmarks", "docs/examples", "ci/gpu_run.sh", "pyproject.toml")
+CARRIED = ("benchmarks", "ci", "docs/examples", "pyproject.toml", "tests", "wheelindex")
 
 
 def size(folder: Path) -> int:

@@ -48,7 +48,9 @@ def host(package: Path) -> Dict[Path, str]:
     """
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not header.exists():
-        raise FileNotFoundError(f"{header} is missing; install Python's headers: apt install python3-dev, or a full Python")
+        raise FileNotFoundError(
+            f"{header} is missing; install Python's headers: apt install python3-dev, or a full Python"
+        )
     build_host = load("build_host", package / "build_host.py")
     extension = build_host.build(cache() / "host" / "out", build_dir=cache() / "host")
     listed = cache() / "matrix.json"

@@ -14,7 +14,7 @@ Facts = Dict[str, Union[str, List[str]]]
 
 
 def facts(build: matrix.Build, has_compiler: bool) -> Facts:
-    """Return the index's address, the torch to test with, and the requirements of a wheel build and of compile tests."""
+    """Return the index's address, the torch to test with, and what wheel builds and compile tests require."""
     nvrtc = build.nvrtc or matrix.load()["row"][-1]["nvrtc"]
     directory = compiled.ROOT / "build" / "index" / build.directory
     return {

@@ -62,7 +62,12 @@ def _builds(data: Dict[str, Any]) -> Iterator[Build]:
         for torch in row["torch"]:
             facts = data["torch"][torch]
             yield Build(
-                row["cuda"], torch, facts["release"], tuple(facts["python"]), row.get("nvrtc", ""), tuple(row["targets"])
+                row["cuda"],
+                torch,
+                facts["release"],
+                tuple(facts["python"]),
+                row.get("nvrtc", ""),
+                tuple(row["targets"]),
             )
 
 

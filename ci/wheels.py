@@ -1,7 +1,7 @@
 """Build the wheels of one directory of the index: `python -m ci.wheels OUT [--build cpu/torch2.13] [--targets cpu]`.
 
-All five packages, for the running Python. When nothing that goes into them has changed since OUT was written, nothing is
-done; else the compiled files come from a cache and only what changed is compiled.
+All five packages, for the running Python. When nothing that goes into them has changed since OUT was written, nothing
+is done; else the compiled files come from a cache and only what changed is compiled.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def running_python() -> str:
 
 
 def choose(name: Optional[str]) -> matrix.Build:
-    """Return the build called `name`; by default the newest for this Python: of the newest CUDA with a GPU, else cpu."""
+    """Return the build called `name`; else this Python's newest, of the newest CUDA where there is a GPU, or cpu."""
     data = matrix.load()
     if name:
         return matrix.named(data, name)

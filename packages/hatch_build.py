@@ -32,7 +32,7 @@ class Metadata(MetadataHookInterface):
 class Build(BuildHookInterface[Any]):
     """Compile what the package's `compiles` option names, `host` or `images`, and put it into the wheel."""
 
-    def initialize(self, version: str, build_data: Dict[str, Any]) -> None:  # noqa: ARG002  hatchling's signature
+    def initialize(self, version: str, build_data: Dict[str, Any]) -> None:
         package = Path(self.root)
         source = next((package / "src").iterdir())
         if self.config["compiles"] == "host":

@@ -17,7 +17,7 @@ def root_page(projects: Iterable[NormalizedName]) -> str:
 
 
 def project_page(project: NormalizedName, wheels: Iterable[Wheel]) -> str:
-    """Render the files of one project, oldest version first; links are relative, so the tree can be moved or mirrored."""
+    """Render the files of one project, oldest version first; links are relative, so the tree can be moved."""
     ordered = sorted(wheels, key=lambda wheel: (wheel.version, wheel.filename))
     return _page(f"Links for {project}", [_link(wheel) for wheel in ordered])
 

@@ -16,7 +16,7 @@ from packaging.utils import NormalizedName
 
 from wheelindex.errors import ConflictError
 from wheelindex.pages import project_page, root_page
-from wheelindex.wheels import Wheel, read
+from wheelindex.wheels import read
 
 
 def add(root: Path, paths: Iterable[Path]) -> List[Path]:

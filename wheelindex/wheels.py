@@ -48,7 +48,9 @@ def read(path: Path) -> Wheel:
     try:
         project, version, _, _ = parse_wheel_filename(path.name)
         metadata = Metadata.from_email(_metadata(path), validate=True)
-    except (ValueError, ExceptionGroup, zipfile.BadZipFile, KeyError) as error:
+    except ExceptionGroup as errors:
+        raise BadWheelError(f"{path.name}: {'; '.join(map(str, errors.exceptions))}") from errors
+    except (ValueError, zipfile.BadZipFile) as error:
         raise BadWheelError(f"{path.name}: {error}") from error
     if (canonicalize_name(metadata.name), metadata.version) != (project, version):
         raise BadWheelError(f"{path.name}: its metadata says {metadata.name} {metadata.version}")
