@@ -1,0 +1,76 @@
+"""The demo's engine answers like the model's own eager attention, on a small random Llama."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "docs/examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from eager import compare, generate_eager  # noqa: E402
+from paged_llama import PagedLlama, Request, Timing  # noqa: E402
+
+NO_STOP = -1
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=101, hidden_size=96, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    return LlamaForCausalLM(config).eval()
+
+
+def requests(*lengths: int) -> list[Request]:
+    generator = torch.Generator().manual_seed(1)
+    return [Request(torch.randint(0, 101, (length,), generator=generator).tolist()) for length in lengths]
+
+
+def answer(engine: PagedLlama, batch: list[Request], limit: int, stop: int = NO_STOP) -> list[Request]:
+    for _ in engine.generate(batch, limit, stop):
+        pass
+    return batch
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 16], ids="page{}".format)
+def test_greedy_tokens_equal_eager_ones(model: Any, page_size: int) -> None:
+    lengths = (2, 40, 16, 130, 3)
+    engine = PagedLlama(model, num_pages=sum(-(-(n + 12) // page_size) for n in lengths), page_size=page_size)
+    with torch.inference_mode():
+        engine.cache.fill_(float("nan"))
+    for ours, reference in zip(answer(engine, requests(*lengths), 12), requests(*lengths)):
+        generate_eager(model, reference, 12, NO_STOP, Timing())
+        found = compare(ours, reference)
+        assert found.tokens is None, found
+        assert len(ours.answer) == 12
+        assert found.logit_error < 1e-4
+
+
+def test_a_stopped_request_leaves_and_its_pages_are_free_again(model: Any) -> None:
+    engine = PagedLlama(model, num_pages=16, page_size=4)
+    stop = answer(engine, requests(7, 9), 8)[0].answer[3]
+    stopped = answer(engine, requests(7, 9), 8, stop)[0]
+    assert stopped.answer[-1] == stop
+    assert len(stopped.answer) <= 4
+    assert sorted(engine.allocator.free) == list(range(16))
+
+
+def test_a_full_cache_says_so(model: Any) -> None:
+    with pytest.raises(MemoryError, match="more pages"):
+        answer(PagedLlama(model, num_pages=2, page_size=4), requests(9), 1)
+
+
+def test_compare_names_the_first_difference() -> None:
+    row = torch.tensor([0.0, 3.0, 2.5])
+    ours, reference = (Request([0], answer=[1, token], logits=[row, row]) for token in (1, 2))
+    found = compare(ours, reference)
+    assert (found.agreed, found.tokens, found.margin) == (1, (1, 2), 0.5)
