@@ -1,3 +1,4 @@
-"""Multi-LoRA operators for LLM serving. This version holds none; the package settles the name and its place."""
+"""Multi-LoRA operators for LLM serving, on GPUs and CPUs."""
 
 from flashinfer_core.version import __version__ as __version__
+from flashinfer_lora.lora import add_lora as add_lora

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Tuple
 
-from flashinfer_core.variant import Variant
+from flashinfer_core.targets import target_named
+
+CPU_DTYPES = ("f32", "f16", "bf16")
+CUDA_DTYPES = ("f16", "bf16")
 
 
-def shipped(target: str) -> Tuple[Variant, ...]:  # noqa: ARG001  every package answers the same question
-    """List the images of one target's wheel: none yet."""
-    return ()
+@dataclass(frozen=True)
+class Lora:
+    """One instance of `lora::lora`. `dtype` is the element type in C++; `source` says for which kind of target."""
+
+    dtype: str
+    source: str
+
+    package = "flashinfer_lora"
+    shared_bytes = 0
+
+    @property
+    def name(self) -> str:
+        return f"lora-{self.dtype}"
+
+    @property
+    def expression(self) -> str:
+        return f"flashinfer::lora::lora<flashinfer::{self.dtype}>"
+
+    @property
+    def threads(self) -> int:
+        return 1 if self.source.endswith(".cpp") else 256
+
+
+def choose(target: str, *, dtype: str) -> Lora:
+    """Return the kernel for elements of type `dtype` on `target`."""
+    return Lora(dtype, f"lora/lora.{'cpp' if target_named(target).is_cpu else 'cuh'}")
+
+
+def shipped(target: str) -> Tuple[Lora, ...]:
+    """List the variants that a wheel holds for `target`."""
+    if target_named(target).is_cpu:
+        dtypes = CPU_DTYPES
+    else:
+        dtypes = CUDA_DTYPES[:1] if target.endswith("_75") else CUDA_DTYPES  # sm_75 has no bf16
+    return tuple(choose(target, dtype=dtype) for dtype in dtypes)

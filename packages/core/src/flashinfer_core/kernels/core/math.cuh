@@ -24,6 +24,15 @@ __device__ inline float log2_approx(float x) {
   return y;
 }
 
+// A 16-bit element as fp32, exactly.
+__device__ inline float widen(f16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
+__device__ inline float widen(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+
 // Two elements in one register, `low` at the lower address, each rounded to nearest even.
 template <typename T>
 __device__ inline uint32_t pack(float low, float high);
