@@ -18,6 +18,11 @@ void check_positive(const char* name, int64_t value) {
   if (value < 1) invalid(std::string(name) + " must be at least 1, got " + std::to_string(value));
 }
 
+void check_within(const char* name, int64_t value, int64_t most) {
+  if (value >= 0 && value <= most) return;
+  invalid(std::string(name) + " must be in [0, " + std::to_string(most) + "], got " + std::to_string(value));
+}
+
 void check_shape(const PlanShape& shape) {
   check_positive("group", shape.group);
   check_positive("kv_heads", shape.kv_heads);
@@ -146,10 +151,8 @@ PlanResult plan(const PlanShape& shape, const PlanLengths& lengths, int64_t max_
 UniformResult uniform_plan(const PlanShape& shape, int32_t q_len, int32_t kv_len, int64_t max_partial_rows) {
   check_shape(shape);
   const int64_t max_pieces = checked_pieces(max_partial_rows, shape.tile_rows);
-  const int32_t q_indptr[2] = {0, q_len};
-  const int32_t kv_indptr[2] = {0, 0};
-  check_lengths(shape, {q_indptr, kv_indptr, &kv_len, 1});
-  if (kv_len > kInt32Max - shape.kv_tile) invalid("kv_len must be below 2^31 - 1 - kv_tile");
+  check_within("q_len", q_len, (kInt32Max - shape.tile_rows) / shape.group);
+  check_within("kv_len", kv_len, kInt32Max - shape.kv_tile);
 
   const int32_t tiles_per_head = tiles_of(q_len, shape.group, shape.tile_rows);
   const int64_t tiles = int64_t(tiles_per_head) * shape.kv_heads;

@@ -1,0 +1,154 @@
+"""One request in equal pieces: the closed form of plan.h, called through a shim that g++ compiles."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashinfer_core import compiler, headers, params, planner
+from flashinfer_core.errors import InvalidArgumentError
+
+SHIM = """#include "core/plan.h"
+using namespace flashinfer;
+extern "C" void item(const UniformWork* work, int32_t group, int32_t kv_heads, int32_t tile_rows, int32_t index,
+                     WorkItem* out) { *out = uniform_item(*work, group, kv_heads, tile_rows, index); }
+extern "C" void merge(const UniformWork* work, int32_t group, int32_t kv_heads, int32_t tile_rows, int32_t index,
+                      MergeItem* out) { *out = uniform_merge(*work, group, kv_heads, tile_rows, index); }
+"""
+
+UniformWork = params.structure("flashinfer_core", "core/work.h", "UniformWork")
+WorkItem = params.structure("flashinfer_core", "core/work.h", "WorkItem")
+MergeItem = params.structure("flashinfer_core", "core/work.h", "MergeItem")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request and what the kernels fix."""
+
+    q_len: int
+    kv_len: int
+    group: int
+    kv_heads: int
+    tile_rows: int
+    kv_tile: int
+    causal: bool
+    num_workers: int
+    max_partial_rows: int
+
+    def plan(self) -> planner.UniformPlan:
+        return planner.uniform_plan(**vars(self))
+
+    def work(self, plan: planner.UniformPlan) -> ctypes.Structure:
+        return UniformWork(self.q_len, self.kv_len, plan.tiles, plan.pieces, plan.piece_len, int(self.causal))
+
+    def seen(self, row: int) -> int:
+        """Count the keys that a packed row sees."""
+        if not self.causal:
+            return self.kv_len
+        return max(0, min(self.kv_len, row // self.group + self.kv_len - self.q_len + 1))
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("shim")
+    (folder / "shim.cpp").write_text(SHIM)
+    includes = [f"-I{root}" for root in headers.roots(headers.package_folder("flashinfer_core") / "kernels")]
+    command = [*compiler.cxx().split(), "-std=c++17", "-fPIC", "-shared", *includes, "shim.cpp", "-o", "shim.so"]
+    subprocess.run(command, cwd=folder, check=True)
+    return ctypes.CDLL(str(folder / "shim.so"))
+
+
+def evaluate(function: Callable[..., None], kind: type[ctypes.Structure], case: Case, count: int) -> list[Any]:
+    work, out = case.work(case.plan()), kind()
+    found = []
+    for index in range(count):
+        function(ctypes.byref(work), case.group, case.kv_heads, case.tile_rows, index, ctypes.byref(out))
+        found.append(kind.from_buffer_copy(out))
+    return found
+
+
+requests = st.builds(
+    Case,
+    q_len=st.one_of(st.just(1), st.integers(0, 60)),
+    kv_len=st.integers(0, 900),
+    group=st.sampled_from([1, 3, 4, 7]),
+    kv_heads=st.integers(1, 3),
+    tile_rows=st.sampled_from([1, 2, 16, 64]),
+    kv_tile=st.sampled_from([1, 8, 64]),
+    causal=st.booleans(),
+    num_workers=st.one_of(st.integers(1, 12), st.integers(1, 300)),
+    max_partial_rows=st.one_of(st.just(1 << 40), st.integers(0, 1000)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=requests)
+def test_every_request_is_covered_once(shim: ctypes.CDLL, case: Case) -> None:
+    plan, rows = case.plan(), case.q_len * case.group
+    assert plan.num_items == case.kv_heads * plan.tiles * plan.pieces
+    items = evaluate(shim.item, WorkItem, case, plan.num_items)
+    covered = np.zeros((case.kv_heads, rows, case.kv_len), dtype=np.int32)
+    for item in items:
+        assert (item.q_start, item.q_len, item.kv_start, item.kv_len) == (0, case.q_len, 0, case.kv_len)
+        last = min(item.row_begin + case.tile_rows, rows)
+        assert 0 <= item.kv_begin <= item.kv_end <= case.seen(last - 1)
+        covered[item.kv_head, item.row_begin : last, item.kv_begin : item.kv_end] += 1
+    for row in range(rows):
+        assert (covered[:, row, : case.seen(row)] == 1).all()
+    assert covered.max(initial=0) <= 1
+    tiles = [item.row_begin for item in items]
+    assert tiles == sorted(tiles, reverse=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=requests)
+def test_partial_rows_fit_and_merge_into_their_tiles(shim: ctypes.CDLL, case: Case) -> None:
+    plan = case.plan()
+    items = evaluate(shim.item, WorkItem, case, plan.num_items)
+    if plan.pieces == 1:
+        assert plan.partial_rows == 0
+        assert all(item.partial == -1 for item in items)
+        return
+    assert sorted(item.partial for item in items) == list(range(0, plan.partial_rows, case.tile_rows))
+    assert plan.partial_rows <= case.max_partial_rows
+    assert (plan.pieces - 1) * plan.piece_len < case.kv_len
+    slots = {item.partial: (item.kv_head, item.row_begin) for item in items}
+    merges = evaluate(shim.merge, MergeItem, case, case.kv_heads * plan.tiles)
+    for merge in merges:
+        assert merge.rows == min(case.tile_rows, case.q_len * case.group - merge.row_begin)
+        assert merge.pieces == plan.pieces
+        for piece in range(merge.pieces):
+            assert slots.pop(merge.partial + piece * case.tile_rows) == (merge.kv_head, merge.row_begin)
+    assert not slots
+
+
+@pytest.mark.parametrize(
+    ("kv_len", "num_workers", "pieces"),
+    [
+        pytest.param(8192, 264, 32, id="long-fills-the-gpu"),
+        pytest.param(64, 264, 1, id="one-tile-stays-whole"),
+        pytest.param(8192, 8, 1, id="heads-alone-fill-it"),
+        pytest.param(0, 264, 1, id="no-key"),
+    ],
+)
+def test_pieces_of_a_decode(kv_len: int, num_workers: int, pieces: int) -> None:
+    assert Case(1, kv_len, 4, 8, 16, 64, True, num_workers, 1 << 20).plan().pieces == pieces
+
+
+def test_the_longest_request_is_planned_in_64_bits() -> None:
+    plan = Case(1, 2**31 - 100, 1, 1, 16, 64, True, 264, 1 << 20).plan()
+    assert (plan.pieces - 1) * plan.piece_len < 2**31 - 100 <= plan.pieces * plan.piece_len
+
+
+@pytest.mark.parametrize(("q_len", "kv_len", "name"), [(-1, 4, "q_len"), (4, -1, "kv_len"), (4, 2**31 - 1, "kv_len")])
+def test_bad_lengths_are_named(q_len: int, kv_len: int, name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"^{name}"):
+        Case(q_len, kv_len, 1, 1, 16, 64, True, 8, 0).plan()
