@@ -34,8 +34,16 @@ def folders() -> list[Path]:
     home = os.path.expanduser("~")  # stays "~" where neither HOME nor the user database knows
     if os.path.isabs(home):
         found.append(Path(home) / ".cache" / "flashinfer")
-    found.append(Path(tempfile.gettempdir()) / f"flashinfer-{os.geteuid()}")
+    found += [folder / f"flashinfer-{os.geteuid()}" for folder in _shared()]
     return list(dict.fromkeys(found))
+
+
+def _shared() -> list[Path]:
+    """List the folder for temporary files, which others may write too; none where no folder can be written."""
+    try:
+        return [Path(tempfile.gettempdir())]
+    except OSError:
+        return []
 
 
 def load(key: str) -> Image | None:
@@ -118,8 +126,7 @@ def rejection(folder: Path) -> str:
     """Say why a cache folder is not used; empty where it is fit. Warns once about one that others control."""
     try:
         status = os.stat(folder)
-        shared_parent = folder.parent == Path(tempfile.gettempdir())
-        if shared_parent and stat.S_ISLNK(os.lstat(folder).st_mode):
+        if folder.parent in _shared() and stat.S_ISLNK(os.lstat(folder).st_mode):
             return _warn_once(str(folder), "is a link that anybody could have made")
     except OSError as error:
         return str(error.strerror)

@@ -138,12 +138,16 @@ def compile_failure(
     return CompileError(f"{compiler} does not compile {expression} for {target}", log=log)
 
 
-@functools.lru_cache(maxsize=None)
 def find(version: str | None = None) -> Nvrtc:
     """Load the first NVRTC of the search order; with `version` ("13.0"), the first of that version.
 
     Raises InstallationError that lists every candidate and why it was rejected.
     """
+    return _find(version)
+
+
+@functools.lru_cache(maxsize=None)
+def _find(version: str | None) -> Nvrtc:
     wanted = parse_version(version) if version else None
     rejected: list[str] = []
     for candidate in candidates():
