@@ -1,0 +1,36 @@
+"""Attention over ragged and paged KV caches.
+
+`attention`, `plan_attention` and `single` are the native operator; its lse is natural. The names of FlashInfer are in
+`decode` and `prefill`; their lse is in base 2.
+"""
+
+from flashinfer_attention.attention import Plan, Workspace, attention, plan_attention, single, workspace_bytes
+from flashinfer_attention.decode import (
+    BatchDecodeWithPagedKVCacheWrapper,
+    CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+    single_decode_with_kv_cache,
+)
+from flashinfer_attention.prefill import (
+    BatchPrefillWithPagedKVCacheWrapper,
+    BatchPrefillWithRaggedKVCacheWrapper,
+    single_prefill_with_kv_cache,
+    single_prefill_with_kv_cache_return_lse,
+)
+from flashinfer_core.version import __version__
+
+__all__ = [
+    "BatchDecodeWithPagedKVCacheWrapper",
+    "BatchPrefillWithPagedKVCacheWrapper",
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "Plan",
+    "Workspace",
+    "__version__",
+    "attention",
+    "plan_attention",
+    "single",
+    "single_decode_with_kv_cache",
+    "single_prefill_with_kv_cache",
+    "single_prefill_with_kv_cache_return_lse",
+    "workspace_bytes",
+]

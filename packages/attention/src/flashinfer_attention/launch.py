@@ -1,0 +1,99 @@
+"""The two kernels of attention on one device, the parameter structs that they take, and the buffer between them."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any, NamedTuple, Tuple, Type, cast
+
+import torch
+
+from flashinfer_attention.checks import Problem
+from flashinfer_attention.variants import (
+    CPU_WORKERS_PER_THREAD,
+    PACKAGE,
+    AnyAttention,
+    AnyVariant,
+    choose,
+    choose_merge,
+)
+from flashinfer_core.kernel import Kernel, load
+from flashinfer_core.params import structure
+
+PARTIAL_ALIGNMENT = 256
+
+
+class Kernels(NamedTuple):
+    """An attention kernel and the merge kernel that combines its pieces."""
+
+    attention: Kernel
+    merge: Kernel
+    workers: int
+    tile_rows: int
+    kv_tile: int
+    group: int  # rows of a tile come from this many heads of a query,
+    kv_heads: int  # and this many such tiles make up all heads
+
+    @property
+    def useful_partial_rows(self) -> int:
+        """Count the partial rows that no plan exceeds: a cut makes two pieces, and there is a cut between workers."""
+        return 2 * (self.workers - 1) * self.tile_rows
+
+
+def load_kernels(problem: Problem, max_rows: int) -> Kernels:
+    """Load what `choose` picks for a longest request of `max_rows` packed rows."""
+    where = "cpu" if problem.is_cpu else problem.device.index
+    dtype, head_dim = problem.element, problem.head_dim
+
+    def attention_for(target: str) -> AnyVariant:
+        return choose(target, dtype=dtype, head_dim=head_dim, max_rows=max_rows)
+
+    def merge_for(target: str) -> AnyVariant:
+        return choose_merge(target, dtype=dtype)
+
+    attention = load(attention_for, where)
+    variant = cast(AnyAttention, attention.variant)
+    workers = attention.max_workers * (CPU_WORKERS_PER_THREAD if problem.is_cpu else 1)
+    group, kv_heads = problem.group, problem.num_kv_heads
+    if variant.packs_all_heads:
+        group, kv_heads = problem.num_qo_heads, 1
+    return Kernels(attention, load(merge_for, where), workers, variant.tile_rows, variant.kv_tile, group, kv_heads)
+
+
+@lru_cache(maxsize=None)
+def structures() -> Tuple[Type[Any], Type[Any]]:
+    """Return the ctypes classes of AttentionParams and MergeParams."""
+    header = "attention/params.h"
+    return structure(PACKAGE, header, "AttentionParams"), structure(PACKAGE, header, "MergeParams")
+
+
+def copied(params: ctypes.Structure) -> Any:
+    """Copy a struct, so that one plan may run in several threads at once."""
+    return type(params).from_buffer_copy(params)
+
+
+def stream_of(device: torch.device) -> int:
+    """Return the raw handle of torch's current stream; 0 on CPUs."""
+    return 0 if device.type == "cpu" else int(torch.cuda.current_stream(device).cuda_stream)
+
+
+class Partial(NamedTuple):
+    """Addresses of the partial results in a buffer, and how many rows fit."""
+
+    rows: int
+    o: int
+    lse: int
+
+
+def partial_bytes(rows: int, head_dim: int) -> int:
+    """Count the bytes of a buffer for `rows` partial rows: head_dim values of o and one lse, all fp32."""
+    return PARTIAL_ALIGNMENT + rows * 4 * (head_dim + 1)
+
+
+def place_partial(buffer: torch.Tensor, head_dim: int, useful_rows: int) -> Partial:
+    """Lay partial rows out in a uint8 buffer of any size and alignment, which may hold none."""
+    start = buffer.data_ptr()
+    aligned = -(-start // PARTIAL_ALIGNMENT) * PARTIAL_ALIGNMENT
+    rows = max(0, start + buffer.numel() - aligned) // (4 * (head_dim + 1))
+    rows = min(rows, useful_rows)
+    return Partial(rows, aligned, aligned + 4 * head_dim * rows)

@@ -1,0 +1,234 @@
+"""Prefill attention with FlashInfer's names, arguments and meaning: any number of new tokens for each request.
+
+The wrappers translate and call the native operator. What they return as lse is in base 2.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, List, Optional, Tuple, cast
+
+import torch
+
+from flashinfer_attention.attention import run_single
+from flashinfer_attention.options import LOG2_E, check_options, common_dtype
+from flashinfer_attention.ragged import BatchPrefillWithRaggedKVCacheWrapper
+from flashinfer_attention.wrapper import DataType, Output, PagedWrapper, graph_buffer
+from flashinfer_core.tensors import PagedCache, key_value
+
+__all__ = [
+    "BatchPrefillWithPagedKVCacheWrapper",
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "single_prefill_with_kv_cache",
+    "single_prefill_with_kv_cache_return_lse",
+]
+
+
+def single_prefill_with_kv_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    custom_mask: Optional[torch.Tensor] = None,
+    packed_custom_mask: Optional[torch.Tensor] = None,
+    causal: bool = False,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_fp16_qk_reduction: bool = False,
+    sm_scale: Optional[float] = None,
+    window_left: int = -1,
+    logits_soft_cap: Optional[float] = None,
+    rope_scale: Optional[float] = None,
+    rope_theta: Optional[float] = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Output:
+    """Attend from the new tokens of one request; return o, or (o, lse) with return_lse.
+
+    q: [qo_len, num_qo_heads, head_dim]. k, v: [kv_len, num_kv_heads, head_dim], with kv_layout HND [num_kv_heads,
+    kv_len, head_dim]; any strides with a contiguous last dimension. causal: query i sees keys up to
+    i + kv_len - qo_len; a query that sees none has o = 0 and lse = -inf. sm_scale: None means 1/sqrt(head_dim).
+    backend: auto, fa2 and fa3 name the same kernels. lse: float32 [qo_len, num_qo_heads], base 2.
+    Raises InvalidArgumentError, InvalidTypeError, and UnsupportedOptionError for every other option that is set.
+    """
+    check_options(
+        custom_mask=custom_mask,
+        packed_custom_mask=packed_custom_mask,
+        pos_encoding_mode=pos_encoding_mode,
+        use_fp16_qk_reduction=use_fp16_qk_reduction,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        backend=backend,
+    )
+    kv = key_value(k, v, paged=False, kv_layout=kv_layout)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
+    o = run_single(q, kv, causal=causal, sm_scale=sm_scale, lse_scale=LOG2_E, lse=lse)
+    return o if lse is None else (o, lse)
+
+
+single_prefill_with_kv_cache_return_lse = functools.partial(single_prefill_with_kv_cache, return_lse=True)
+
+
+class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
+    """Attend from the new tokens of each request over a paged cache that holds their keys and values already.
+
+    float_workspace_buffer: uint8 [any] on the device to run on; a small one costs splits, none is too small.
+    kv_layout: NHD or HND, of the cache. use_cuda_graph: plans keep to the buffers given, so that a graph captured after
+    a first plan replays with every later one that has no more tokens; needs qo_indptr_buf int32 [B + 1],
+    paged_kv_indptr_buf int32 [B + 1], paged_kv_indices_buf int32 [most pages of a batch] and paged_kv_last_page_len_buf
+    int32 [B]. backend: auto, fa2 and fa3 name the same kernels.
+    Raises InvalidArgumentError, InvalidTypeError; UnsupportedOptionError for the mask buffers and jit_args.
+    """
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf: Optional[torch.Tensor] = None,
+        paged_kv_indptr_buf: Optional[torch.Tensor] = None,
+        paged_kv_indices_buf: Optional[torch.Tensor] = None,
+        paged_kv_last_page_len_buf: Optional[torch.Tensor] = None,
+        custom_mask_buf: Optional[torch.Tensor] = None,
+        mask_indptr_buf: Optional[torch.Tensor] = None,
+        backend: str = "auto",
+        jit_args: Optional[List[Any]] = None,
+    ) -> None:
+        check_options(
+            custom_mask_buf=custom_mask_buf, mask_indptr_buf=mask_indptr_buf, backend=backend, jit_args=jit_args
+        )
+        super().__init__(
+            float_workspace_buffer,
+            kv_layout,
+            use_cuda_graph,
+            paged_kv_indptr_buf,
+            paged_kv_indices_buf,
+            paged_kv_last_page_len_buf,
+        )
+        self._qo_indptr_buf = graph_buffer("qo_indptr_buf", qo_indptr_buf, self.device) if use_cuda_graph else None
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        paged_kv_indptr: torch.Tensor,
+        paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        head_dim_vo: Optional[int] = None,
+        custom_mask: Optional[torch.Tensor] = None,
+        packed_custom_mask: Optional[torch.Tensor] = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        sm_scale: Optional[float] = None,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        q_data_type: DataType = "float16",
+        kv_data_type: Optional[DataType] = None,
+        non_blocking: bool = True,
+    ) -> None:
+        """Plan a batch of B requests.
+
+        qo_indptr: int32 [B + 1], rows of q of each request. paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len:
+        the page table, as in BatchDecodeWithPagedKVCacheWrapper.plan, new tokens included. causal: query i of a request
+        sees keys up to i + kv_len - qo_len. A request may have no query or no key. Lengths on the host cost no
+        synchronisation; lengths on a GPU are copied back, which waits.
+        Raises InvalidArgumentError, InvalidTypeError, WorkspaceError, and UnsupportedOptionError that names the option.
+        """
+        check_options(
+            head_dim_vo=None if head_dim_vo == head_dim_qk else head_dim_vo,
+            custom_mask=custom_mask,
+            packed_custom_mask=packed_custom_mask,
+            pos_encoding_mode=pos_encoding_mode,
+            use_fp16_qk_reduction=use_fp16_qk_reduction,
+            window_left=window_left,
+            logits_soft_cap=logits_soft_cap,
+            rope_scale=rope_scale,
+            rope_theta=rope_theta,
+        )
+        self._plan_pages(
+            qo_indptr,
+            paged_kv_indptr,
+            paged_kv_indices,
+            paged_kv_last_page_len,
+            num_qo_heads,
+            num_kv_heads,
+            head_dim_qk,
+            page_size,
+            causal=causal,
+            dtype=common_dtype(q_data_type, kv_data_type),
+            non_blocking=non_blocking,
+        )
+        if self._qo_indptr_buf is not None:
+            self._qo_indptr_buf.copy_(qo_indptr, non_blocking=non_blocking)
+        self._sm_scale = sm_scale
+
+    begin_forward = plan
+
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: PagedCache,
+        *args: Any,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        out: Optional[torch.Tensor] = None,
+        lse: Optional[torch.Tensor] = None,
+        return_lse: bool = False,
+    ) -> Output:
+        """Attend as planned; return o, or (o, lse) with return_lse.
+
+        q: [qo_indptr[-1], num_qo_heads, head_dim]; with use_cuda_graph it may have more rows, which are not touched.
+        paged_kv_cache: as in BatchDecodeWithPagedKVCacheWrapper.run. out: as q; lse: float32 [rows of q, num_qo_heads],
+        base 2. Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError.
+        """
+        return self._run_pages(q, paged_kv_cache, args, (None, k_scale, v_scale), out, lse, return_lse)
+
+    run_return_lse = functools.partialmethod(run, return_lse=True)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: PagedCache,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+    ) -> torch.Tensor:
+        """Set mask and scalars anew and run; kept for old callers, see `run`."""
+        options = (pos_encoding_mode, use_fp16_qk_reduction, window_left, logits_soft_cap, rope_scale, rope_theta)
+        self._set_scalars(causal, sm_scale, *options)
+        return cast(torch.Tensor, self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale))
+
+    def forward_return_lse(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: PagedCache,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Set mask and scalars anew and run with return_lse; kept for old callers, see `run`."""
+        options = (pos_encoding_mode, use_fp16_qk_reduction, window_left, logits_soft_cap, rope_scale, rope_theta)
+        self._set_scalars(causal, sm_scale, *options)
+        both = self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=True)
+        return cast(Tuple[torch.Tensor, torch.Tensor], both)

@@ -1,0 +1,165 @@
+"""Prefill attention over keys and values that lie end to end, with FlashInfer's names, arguments and meaning.
+
+Part of `flashinfer.prefill`, as the paged wrapper is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, List, Optional, Tuple, cast
+
+import torch
+
+from flashinfer_attention.checks import make_problem
+from flashinfer_attention.options import check_arguments, check_options, common_dtype
+from flashinfer_attention.plan import host_lengths, plan_lengths
+from flashinfer_attention.wrapper import DataType, Output, Wrapper, graph_buffer
+from flashinfer_core.errors import InvalidArgumentError
+from flashinfer_core.tensors import check_int32, key_value
+
+
+class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
+    """Attend from the new tokens of each request over keys and values that lie end to end.
+
+    float_workspace_buffer: uint8 [any] on the device to run on; a small one costs splits, none is too small.
+    kv_layout: NHD or HND, of k and v. use_cuda_graph: as in BatchPrefillWithPagedKVCacheWrapper; needs qo_indptr_buf
+    and kv_indptr_buf, int32 [B + 1]. backend: auto, fa2 and fa3 name the same kernels.
+    Raises InvalidArgumentError, InvalidTypeError; UnsupportedOptionError for the mask buffers and jit_args.
+    """
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf: Optional[torch.Tensor] = None,
+        kv_indptr_buf: Optional[torch.Tensor] = None,
+        custom_mask_buf: Optional[torch.Tensor] = None,
+        mask_indptr_buf: Optional[torch.Tensor] = None,
+        backend: str = "auto",
+        jit_args: Optional[List[Any]] = None,
+    ) -> None:
+        check_options(
+            custom_mask_buf=custom_mask_buf, mask_indptr_buf=mask_indptr_buf, backend=backend, jit_args=jit_args
+        )
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
+        self._buffers: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
+        if use_cuda_graph:
+            self._buffers = (
+                graph_buffer("qo_indptr_buf", qo_indptr_buf, self.device),
+                graph_buffer("kv_indptr_buf", kv_indptr_buf, self.device),
+            )
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        head_dim_vo: Optional[int] = None,
+        custom_mask: Optional[torch.Tensor] = None,
+        packed_custom_mask: Optional[torch.Tensor] = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        q_data_type: DataType = "float16",
+        kv_data_type: Optional[DataType] = None,
+    ) -> None:
+        """Plan a batch of B requests.
+
+        qo_indptr, kv_indptr: int32 [B + 1], rows of q and of k and v of each request. causal: query i of a request sees
+        keys up to i + kv_len - qo_len. Lengths on the host cost no synchronisation; lengths on a GPU are copied back.
+        Raises InvalidArgumentError, InvalidTypeError, WorkspaceError, and UnsupportedOptionError that names the option.
+        """
+        check_options(
+            head_dim_vo=None if head_dim_vo == head_dim_qk else head_dim_vo,
+            custom_mask=custom_mask,
+            packed_custom_mask=packed_custom_mask,
+            pos_encoding_mode=pos_encoding_mode,
+            use_fp16_qk_reduction=use_fp16_qk_reduction,
+            window_left=window_left,
+            logits_soft_cap=logits_soft_cap,
+            rope_scale=rope_scale,
+            rope_theta=rope_theta,
+        )
+        dtype = common_dtype(q_data_type, kv_data_type)
+        problem = make_problem(num_qo_heads, num_kv_heads, head_dim_qk, causal, dtype, self.device)
+        check_int32("qo_indptr", qo_indptr)
+        check_int32("kv_indptr", kv_indptr, qo_indptr.shape[0])
+        if self._buffers is not None and qo_indptr.shape != self._buffers[0].shape:
+            raise InvalidArgumentError(
+                f"the CUDA graph is for batches of {self._buffers[0].shape[0] - 1} requests, "
+                f"got {qo_indptr.shape[0] - 1}"
+            )
+        self._plan = plan_lengths(problem, None, host_lengths(qo_indptr, kv_indptr, None, None), self._workspace)
+        for buffer, lengths in zip(self._buffers or (), (qo_indptr, kv_indptr)):
+            buffer.copy_(lengths, non_blocking=True)
+        self._sm_scale = sm_scale
+
+    begin_forward = plan
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *args: Any,
+        out: Optional[torch.Tensor] = None,
+        lse: Optional[torch.Tensor] = None,
+        return_lse: bool = False,
+    ) -> Output:
+        """Attend as planned; return o, or (o, lse) with return_lse.
+
+        q: [qo_indptr[-1], num_qo_heads, head_dim]. k, v: [kv_indptr[-1] or more, num_kv_heads, head_dim] (HND:
+        [num_kv_heads, rows, head_dim]). out: as q; lse: float32 [rows of q, num_qo_heads], base 2.
+        Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError.
+        """
+        check_arguments(args)
+        kv = key_value(k, v, paged=False, kv_layout=self._kv_layout)
+        return self._run(q, kv, None, out, lse, return_lse)
+
+    run_return_lse = functools.partialmethod(run, return_lse=True)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+    ) -> torch.Tensor:
+        """Set mask and scalars anew and run; kept for old callers, see `run`."""
+        options = (pos_encoding_mode, use_fp16_qk_reduction, window_left, logits_soft_cap, rope_scale, rope_theta)
+        self._set_scalars(causal, sm_scale, *options)
+        return cast(torch.Tensor, self.run(q, k, v))
+
+    def forward_return_lse(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Set mask and scalars anew and run with return_lse; kept for old callers, see `run`."""
+        options = (pos_encoding_mode, use_fp16_qk_reduction, window_left, logits_soft_cap, rope_scale, rope_theta)
+        self._set_scalars(causal, sm_scale, *options)
+        return cast(Tuple[torch.Tensor, torch.Tensor], self.run(q, k, v, return_lse=True))

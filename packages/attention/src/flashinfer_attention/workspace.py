@@ -1,0 +1,151 @@
+"""Memory that plans write into, owned by the caller, and how much of it a problem can use.
+
+Splits adapt to the partial buffer, so no size is too small for it; only the work list of a CUDA graph can outgrow its
+buffer, and that is checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Optional
+
+import torch
+
+from flashinfer_attention.checks import Problem, check_head_dim, check_heads
+from flashinfer_attention.launch import Kernels, Partial, partial_bytes
+from flashinfer_attention.variants import CPU_WORKERS_PER_THREAD, SHARED_LIMITS, Attention, choose
+from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, WorkspaceError
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a captured CUDA graph holds by value, and so what later plans must keep."""
+
+    problem: Problem
+    page_size: Optional[int]
+    kernels: Kernels
+    partial: Partial
+
+
+class Workspace:
+    """Hold the buffers of one sequence of plans.
+
+    partial: uint8 [any], on the device of the problem; where split results wait for the merge. plan: uint8 or int32
+    [any] on the same device, for the work list; None: allocated, and replaced when a plan needs more. fixed: keep
+    addresses, kernels and grid of the first plan, so that a captured CUDA graph replays with every later one; the work
+    list then has room for the first plan's tokens and requests with any lengths.
+    A workspace belongs to one stream at a time. Raises InvalidTypeError, InvalidArgumentError.
+    """
+
+    def __init__(self, partial: torch.Tensor, plan: Optional[torch.Tensor] = None, *, fixed: bool = False) -> None:
+        for name, buffer in (("float_workspace_buffer", partial), ("int_workspace_buffer", plan)):
+            if buffer is not None:
+                _check_buffer(name, buffer, partial.device)
+        self.partial = partial.view(torch.uint8)
+        self.plan = None if plan is None else plan.view(torch.uint8)
+        self.grows = plan is None
+        self.fixed = fixed
+        self.frozen: Optional[Frozen] = None
+        self.max_tokens = 0
+        self.is_captured = False
+
+    def upload(self, host: torch.Tensor, used: int, needed: int) -> torch.Tensor:
+        """Copy the first `used` bytes of a plan in pinned memory to a buffer of at least `needed`; on a CPU, keep it."""
+        if host.device == self.partial.device:
+            return host
+        buffer = self._reserve(needed)
+        buffer[:used].copy_(host[:used], non_blocking=True)
+        return buffer
+
+    def _reserve(self, needed: int) -> torch.Tensor:
+        held = 0 if self.plan is None else self.plan.numel()
+        if self.plan is not None and needed <= held:
+            return self.plan
+        if not self.grows:
+            raise WorkspaceError(
+                f"the work list needs {needed} bytes, but the int workspace has {held}",
+                remedy=f"pass reset_workspace_buffer() an int workspace of {needed} bytes or more",
+            )
+        if self.frozen is not None:
+            raise WorkspaceError(
+                f"the work list needs {needed} bytes, but that of the CUDA graph has {held}",
+                remedy="plan the batch with most tokens and requests first: a graph keeps the buffers of its first plan",
+            )
+        # Doubling keeps growing batches from allocating in every step.
+        self.plan = torch.empty(max(needed, 2 * held), dtype=torch.uint8, device=self.partial.device)
+        return self.plan
+
+    def freeze(self, frozen: Frozen, tokens: int) -> None:
+        """Keep what a CUDA graph captured from now on holds by value."""
+        self.frozen = frozen
+        self.max_tokens = tokens
+
+    def check_fits(self, problem: Problem, page_size: Optional[int], tokens: int) -> None:
+        """Raise unless a plan of these facts can replace the first one of a fixed workspace."""
+        if self.frozen is None:
+            return
+        was = (self.frozen.problem, self.frozen.page_size)
+        # Until a graph holds it, the mask may still change.
+        first = was[0] if self.is_captured else replace(was[0], causal=problem.causal)
+        if (first, was[1]) != (problem, page_size):
+            raise InvalidArgumentError(
+                f"a CUDA graph keeps what it was planned with: {was[0]}, page_size={was[1]}; "
+                f"got {problem}, page_size={page_size}",
+                remedy="make another wrapper for another problem",
+            )
+        if tokens > self.max_tokens:
+            raise WorkspaceError(
+                f"the plan has {tokens} query tokens, but the CUDA graph was planned or captured with "
+                f"{self.max_tokens}",
+                remedy="plan and capture the batch with most tokens first",
+            )
+
+    def note_capture(self, rows: int) -> None:
+        """Remember that a graph now holds a q and o of `rows` rows."""
+        self.is_captured = True
+        self.max_tokens = min(self.max_tokens, rows)
+
+
+def _check_buffer(name: str, buffer: torch.Tensor, device: torch.device) -> None:
+    if not isinstance(buffer, torch.Tensor):
+        raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(buffer).__name__}")
+    if buffer.dim() != 1 or not buffer.is_contiguous():
+        raise InvalidArgumentError(f"{name} must be a contiguous vector, got shape {tuple(buffer.shape)}")
+    if name == "int_workspace_buffer" and buffer.data_ptr() % 16:
+        raise InvalidArgumentError(f"{name} must start at a multiple of 16 bytes")
+    if buffer.device != device:
+        raise InvalidArgumentError(f"{name} must be on {device}, got {buffer.device}")
+
+
+def workspace_bytes(
+    *,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_q_len: int = 1,
+    device: "torch.device | str" = "cuda",
+    num_sms: Optional[int] = None,
+) -> int:
+    """Return the bytes of partial buffer beyond which no plan of these maxima splits any better.
+
+    It does not depend on batch size or KV lengths: pieces are bounded by the workers. Less is legal and costs splits.
+    num_sms: streaming multiprocessors of the GPU, or threads of the CPU; None: those of `device`. With it given nothing
+    is asked of a GPU. Raises InvalidArgumentError, UnsupportedOptionError.
+    """
+    check_heads(num_qo_heads, num_kv_heads)
+    where = torch.device(device)
+    if num_sms is None:
+        num_sms = (
+            torch.get_num_threads()
+            if where.type == "cpu"
+            else torch.cuda.get_device_properties(where).multi_processor_count
+        )
+    problem = Problem(num_qo_heads, num_kv_heads, head_dim, False, torch.float16, where)
+    check_head_dim(problem)
+    rows = max(
+        (num_sms * (variant.max_ctas if isinstance(variant, Attention) else CPU_WORKERS_PER_THREAD) - 1)
+        * variant.tile_rows
+        for target in (("x86_64_v2",) if problem.is_cpu else SHARED_LIMITS)
+        for variant in (choose(target, dtype="f16", head_dim=head_dim, max_rows=max_q_len * problem.group),)
+    )
+    return partial_bytes(2 * rows, head_dim)

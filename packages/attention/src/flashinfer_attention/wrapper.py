@@ -1,0 +1,223 @@
+"""What the compatible wrappers share: a workspace, the last plan, and the buffers of a CUDA graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Optional, Tuple, Union
+
+import torch
+
+from flashinfer_attention.attention import run
+from flashinfer_attention.checks import make_problem
+from flashinfer_attention.options import LOG2_E, check_arguments, check_options
+from flashinfer_attention.plan import Plan, host_lengths, plan_lengths
+from flashinfer_attention.workspace import Workspace
+from flashinfer_core.errors import InvalidArgumentError, WorkspaceError
+from flashinfer_core.tensors import KeyValue, PagedCache, check_int32, check_layout, paged_key_value
+
+DataType = Union[str, torch.dtype]
+Output = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]
+
+
+class Wrapper:
+    """Plan once, run often. Subclasses translate arguments."""
+
+    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str, use_cuda_graph: bool) -> None:
+        check_layout(kv_layout)
+        self._kv_layout = kv_layout
+        self._use_cuda_graph = bool(use_cuda_graph)
+        self._workspace = Workspace(float_workspace_buffer, fixed=self._use_cuda_graph)
+        self._plan: Optional[Plan] = None
+        self._sm_scale: Optional[float] = None
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        """Say whether plans keep to the buffers given, so that a captured graph replays with them."""
+        return self._use_cuda_graph
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the workspace, on which everything runs."""
+        return self._workspace.partial.device
+
+    def reset_workspace_buffer(
+        self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: Optional[torch.Tensor]
+    ) -> None:
+        """Replace both workspaces; plan again before the next run.
+
+        float_workspace_buffer: uint8 [any], for split results; a smaller one costs splits. int_workspace_buffer:
+        uint8 [any], for the work list; None: allocated. Graphs captured before keep the old buffers.
+        Raises InvalidTypeError, InvalidArgumentError.
+        """
+        self._workspace = Workspace(float_workspace_buffer, int_workspace_buffer, fixed=self._use_cuda_graph)
+        self._plan = None
+
+    def end_forward(self) -> None:
+        """Do nothing; older versions freed the plan here."""
+
+    def _planned(self) -> Plan:
+        if self._plan is None:
+            raise InvalidArgumentError("there is no plan yet", remedy="call plan() before run()")
+        return self._plan
+
+    def _set_scalars(
+        self,
+        causal: bool,
+        sm_scale: Optional[float],
+        pos_encoding_mode: str,
+        use_fp16_qk_reduction: bool,
+        window_left: int,
+        logits_soft_cap: Optional[float],
+        rope_scale: Optional[float],
+        rope_theta: Optional[float],
+    ) -> None:
+        """Take what `forward` may set anew; plan the same lengths again where the mask changes."""
+        check_options(
+            pos_encoding_mode=pos_encoding_mode,
+            use_fp16_qk_reduction=use_fp16_qk_reduction,
+            window_left=window_left,
+            logits_soft_cap=logits_soft_cap,
+            rope_scale=rope_scale,
+            rope_theta=rope_theta,
+        )
+        self._sm_scale = sm_scale
+        plan = self._planned()
+        if plan.problem.causal != causal:
+            problem = replace(plan.problem, causal=causal)
+            self._plan = plan_lengths(problem, plan.page_size, plan.lengths, self._workspace)
+
+    def _run(
+        self,
+        q: torch.Tensor,
+        kv: KeyValue,
+        page_table: Optional[torch.Tensor],
+        out: Optional[torch.Tensor],
+        lse: Optional[torch.Tensor],
+        return_lse: bool,
+    ) -> Output:
+        if return_lse and lse is None:
+            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        plan, scale = self._planned(), self._sm_scale
+        out = run(plan, q, kv, page_table, sm_scale=scale, lse_scale=LOG2_E, out=out, lse=lse)
+        return (out, lse) if return_lse and lse is not None else out
+
+
+class PagedWrapper(Wrapper):
+    """A wrapper over a paged cache."""
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str,
+        use_cuda_graph: bool,
+        indptr_buffer: Optional[torch.Tensor],
+        indices_buffer: Optional[torch.Tensor],
+        last_page_len_buffer: Optional[torch.Tensor],
+    ) -> None:
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
+        self._buffers: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None
+        self._page_table: Optional[torch.Tensor] = None
+        if self._use_cuda_graph:
+            indptr = graph_buffer("paged_kv_indptr_buffer", indptr_buffer, self.device)
+            indices = graph_buffer("paged_kv_indices_buffer", indices_buffer, self.device)
+            last = graph_buffer("paged_kv_last_page_len_buffer", last_page_len_buffer, self.device)
+            if indptr.shape[0] != last.shape[0] + 1:
+                raise InvalidArgumentError(
+                    "paged_kv_indptr_buffer must have one element more than paged_kv_last_page_len_buffer, "
+                    f"got {indptr.shape[0]} and {last.shape[0]}"
+                )
+            self._buffers = (indptr, indices, last)
+
+    def _plan_pages(
+        self,
+        q_indptr: torch.Tensor,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        causal: bool,
+        dtype: torch.dtype,
+        non_blocking: bool,
+    ) -> None:
+        check_int32("indptr", indptr)
+        check_int32("indices", indices)
+        check_int32("last_page_len", last_page_len, indptr.shape[0] - 1)
+        if page_size < 1:
+            raise InvalidArgumentError(f"page_size must be at least 1, got {page_size}")
+        problem = make_problem(num_qo_heads, num_kv_heads, head_dim, causal, dtype, self.device)
+        host_indptr = indptr.cpu()
+        kv_len = _kv_len(host_indptr, last_page_len.cpu(), page_size)
+        lengths = host_lengths(q_indptr, host_indptr, kv_len, page_size)
+        if indices.shape[0] < lengths.entries:
+            raise InvalidArgumentError(f"indptr names {lengths.entries} pages, but indices has {indices.shape[0]}")
+        self._check_room(lengths.num_requests, lengths.entries)
+        self._plan = plan_lengths(problem, page_size, lengths, self._workspace)
+        self._page_table = self._store(indptr, indices, last_page_len, lengths.entries, non_blocking)
+
+    def _check_room(self, requests: int, entries: int) -> None:
+        if self._buffers is None:
+            return
+        _, indices, last = self._buffers
+        if requests != last.shape[0]:
+            raise InvalidArgumentError(
+                f"the CUDA graph is for batches of {last.shape[0]} requests, got {requests}",
+                remedy="pad the batch with requests that have no pages",
+            )
+        if entries > indices.shape[0]:
+            raise WorkspaceError(
+                f"the batch has {entries} pages, but paged_kv_indices_buffer has room for {indices.shape[0]}"
+            )
+
+    def _store(
+        self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, entries: int, non_blocking: bool
+    ) -> torch.Tensor:
+        if self._buffers is None:
+            return indices.to(self.device, non_blocking=non_blocking)
+        indptr_buffer, indices_buffer, last_buffer = self._buffers
+        indptr_buffer.copy_(indptr, non_blocking=non_blocking)
+        last_buffer.copy_(last_page_len, non_blocking=non_blocking)
+        indices_buffer[:entries].copy_(indices[:entries], non_blocking=non_blocking)
+        return indices_buffer
+
+    def _run_pages(
+        self,
+        q: torch.Tensor,
+        cache: PagedCache,
+        arguments: Tuple[Any, ...],
+        scales: Tuple[Optional[float], Optional[float], Optional[float]],
+        out: Optional[torch.Tensor],
+        lse: Optional[torch.Tensor],
+        return_lse: bool,
+    ) -> Output:
+        if arguments:
+            check_arguments(arguments)
+        if scales != (None, None, None):
+            check_options(q_scale=scales[0], k_scale=scales[1], v_scale=scales[2])
+        return self._run(q, paged_key_value(cache, self._kv_layout), self._page_table, out, lse, return_lse)
+
+
+def graph_buffer(name: str, buffer: Optional[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return a buffer that use_cuda_graph needs, or raise."""
+    if buffer is None:
+        raise InvalidArgumentError(f"use_cuda_graph=True needs {name}")
+    check_int32(name, buffer)
+    if buffer.device != device:
+        raise InvalidArgumentError(f"{name} must be on {device}, got {buffer.device}")
+    return buffer
+
+
+def _kv_len(indptr: torch.Tensor, last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Return the keys of each request; raise where a last page is empty or overfull. A request may have no page."""
+    pages = indptr[1:] - indptr[:-1]
+    if pages.numel() == 0:
+        return pages
+    wrong = ((last_page_len < 1) | (last_page_len > page_size)) & (pages > 0)
+    if bool(wrong.any()):
+        request = int(wrong.nonzero()[0])
+        raise InvalidArgumentError(
+            f"last_page_len[{request}] must be from 1 to page_size={page_size}, got {int(last_page_len[request])}"
+        )
+    return torch.where(pages > 0, (pages - 1) * page_size + last_page_len, pages)

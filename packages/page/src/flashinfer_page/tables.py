@@ -1,0 +1,55 @@
+"""Lengths and positions from page tables, as plain torch operations: nothing waits for the device."""
+
+from __future__ import annotations
+
+from typing import Tuple
+
+import torch
+
+from flashinfer_core.errors import InvalidArgumentError
+from flashinfer_core.tensors import check_int32
+
+
+def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Return the tokens that each request has in the cache: int32 [B], on the device of kv_indptr.
+
+    kv_indptr: int32 [B + 1], into the page indices. kv_last_page_len: int32 [B], tokens of the last page; 0 for a
+    request without pages. page_size: tokens of a page. Raises InvalidArgumentError, InvalidTypeError.
+    """
+    _check_lengths("kv_indptr", kv_indptr)
+    check_int32("kv_last_page_len", kv_last_page_len, kv_indptr.shape[0] - 1)
+    if page_size < 1:
+        raise InvalidArgumentError(f"page_size must be at least 1, got {page_size}")
+    pages = kv_indptr[1:] - kv_indptr[:-1]
+    return (pages - 1).clamp(min=0) * page_size + kv_last_page_len
+
+
+def get_batch_indices_positions(
+    append_indptr: torch.Tensor, seq_lens: torch.Tensor, nnz: int
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return, for each of nnz new tokens, its request and its position there: two int32 [nnz].
+
+    append_indptr: int32 [B + 1], new tokens of each request. seq_lens: int32 [B], tokens of each request with the new
+    ones. Tokens from append_indptr[-1] on, which pad a CUDA graph, get request 0 and position -1: append skips them.
+    Raises InvalidArgumentError, InvalidTypeError.
+    """
+    _check_lengths("append_indptr", append_indptr)
+    requests = append_indptr.shape[0] - 1
+    check_int32("seq_lens", seq_lens, requests)
+    if nnz < 0:
+        raise InvalidArgumentError(f"nnz must not be negative, got {nnz}")
+    token = torch.arange(nnz, dtype=torch.int32, device=append_indptr.device)
+    if requests == 0:
+        return torch.zeros_like(token), torch.full_like(token, -1)
+    ends = append_indptr[1:]
+    request = torch.searchsorted(ends, token, right=True, out_int32=True)
+    real = request < requests
+    request = torch.where(real, request, 0)
+    position = seq_lens[request] - ends[request] + token
+    return request, torch.where(real, position, -1)
+
+
+def _check_lengths(name: str, indptr: torch.Tensor) -> None:
+    check_int32(name, indptr)
+    if indptr.shape[0] == 0:
+        raise InvalidArgumentError(f"{name} must have one element more than there are requests, got none")
