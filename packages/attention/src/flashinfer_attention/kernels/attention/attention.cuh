@@ -1,7 +1,8 @@
 // Attention of packed query rows over ragged or paged keys and values: prefill and decode on sm_75 and newer.
 //
 // FlashAttention-2 (Dao, 2023, arXiv:2307.08691) on mma.sync: a CTA holds a tile of query rows, streams K and V through
-// two stages of shared memory and keeps the softmax state in registers. CTAs are persistent and walk a list of work.
+// two stages of shared memory and keeps the softmax state in registers. CTAs are persistent: each walks its own list of
+// work items, and the stream of K and V does not pause between them.
 #pragma once
 
 #include "attention/load.cuh"
@@ -74,42 +75,43 @@ __device__ void rescale(Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], Ro
   }
 }
 
+// What a CTA carries from one work item to the next.
+template <typename Tile>
+struct Pipeline {
+  SharedTile<Tile> tile;
+  KeyStream<Tile> stream;
+  int stage = 0;   // of the tile that is used next
+  int buffer = 0;  // of the queries that are used next
+};
+
 // One work item from its query rows to its result.
 template <typename T, typename Tile>
-__device__ void attend(const AttentionParams& p, const WorkItem& item, SharedTile<Tile> tile) {
+__device__ void attend(const AttentionParams& p, const WorkItem& item, Pipeline<Tile>& pipeline) {
+  const SharedTile<Tile>& tile = pipeline.tile;
   const QueryRows queries(item, p.group, Tile::kRows);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int first_row = Tile::kWarpsOverRows == 1 ? 0 : warp * Tile::kRowBlocks * 16;
   const int first_key = Tile::kWarpsOverKeys == 1 ? 0 : warp * Tile::kWarpKeys;
   const float scale = p.sm_scale * kLog2e;
+  const int32_t smallest_limit = queries.key_limit(0, p.causal);
 
-  wait_copies<0>();
-  __syncthreads();  // the previous item is done with shared memory
-  KeyLoader<Tile> keys(p, item);
-  keys.find(item.kv_begin);
-  load_queries<Tile>(p, queries, tile.q());
-  keys.load(item.kv_begin, tile.k(0), tile.v(0));
-  commit_copies();
-  keys.find(item.kv_begin + Tile::kKeys);
-
+  if (Tile::kQueryBuffers == 1) {
+    __syncthreads();  // all are done with the queries of the item before
+    load_queries<Tile>(p, queries, tile.q(0));
+    commit_copies();
+  }
   RowState state[Tile::kRowBlocks];
   Accumulator o[Tile::kRowBlocks][Tile::kDimBlocks] = {};
 #pragma unroll
   for (int r = 0; r < Tile::kRowBlocks; ++r) state[r] = empty_rows();
-  const int32_t smallest_limit = queries.key_limit(0, p.causal);
 
-  int stage = 0;
   for (int32_t key = item.kv_begin; key < item.kv_end; key += Tile::kKeys) {
     wait_copies<0>();
     __syncthreads();  // this tile has arrived for all, and all are done with the stage that is filled next
-    if (key + Tile::kKeys < item.kv_end) {
-      keys.load(key + Tile::kKeys, tile.k(stage ^ 1), tile.v(stage ^ 1));
-      commit_copies();
-      keys.find(key + 2 * Tile::kKeys);
-    }
+    pipeline.stream.load(tile, pipeline.stage ^ 1);
     Accumulator s[Tile::kRowBlocks][Tile::kKeyBlocks] = {};
-    score<T, Tile>(s, tile.q(), tile.k(stage), first_row, first_key, lane);
+    score<T, Tile>(s, tile.q(pipeline.buffer), tile.k(pipeline.stage), first_row, first_key, lane);
     if (key + Tile::kKeys > smallest_limit) {
 #pragma unroll
       for (int r = 0; r < Tile::kRowBlocks; ++r) {
@@ -119,15 +121,16 @@ __device__ void attend(const AttentionParams& p, const WorkItem& item, SharedTil
       }
     }
     rescale<Tile>(s, state, o, scale);
-    accumulate<T, Tile>(o, s, tile.v(stage), first_key, lane);
-    stage ^= 1;
+    accumulate<T, Tile>(o, s, tile.v(pipeline.stage), first_key, lane);
+    pipeline.stage ^= 1;
   }
+  if (Tile::kQueryBuffers == 2 && item.kv_begin < item.kv_end) pipeline.buffer ^= 1;
 
 #pragma unroll
   for (int r = 0; r < Tile::kRowBlocks; ++r) {
     for (int half = 0; half < 2; ++half) state[r].sum[half] = quad_sum(state[r].sum[half]);
     if constexpr (Tile::kWarpsOverKeys > 1) {
-      combine_and_store<T, Tile>(p, queries, tile.exchange(), o[r], state[r]);
+      combine_and_store<T, Tile>(p, queries, tile, pipeline.stage ^ 1, o[r], state[r]);
     } else {
       store_rows<T>(p, queries, first_row + 16 * r, 0, o[r], state[r]);
     }
@@ -138,15 +141,10 @@ __device__ void attend(const AttentionParams& p, const WorkItem& item, SharedTil
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads) attention(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(128) uint16_t shared[];
-  const bool listed = p.items != nullptr;
-  const int32_t worker = blockIdx.x;
-  const int32_t begin = listed ? p.worker_indptr[worker] : worker;
-  const int32_t end = listed ? p.worker_indptr[worker + 1] : p.kv_heads * p.uniform.tiles * p.uniform.pieces;
-  const int32_t step = listed ? 1 : gridDim.x;
-  for (int32_t i = begin; i < end; i += step) {
-    const WorkItem item = listed ? p.items[i] : uniform_item(p.uniform, p.group, p.kv_heads, Tile::kRows, i);
-    attend<T, Tile>(p, item, SharedTile<Tile>{shared});
-  }
+  const Work work(p);
+  Pipeline<Tile> pipeline{{shared}, KeyStream<Tile>(work)};
+  pipeline.stream.load(pipeline.tile, 0);
+  for (int32_t i = work.index; i < work.end; i += work.step) attend<T, Tile>(p, work.at<Tile>(i), pipeline);
 }
 
 }  // namespace attention

@@ -63,8 +63,10 @@ class DecodeTile {
       for (int32_t r = 0; r < b.rows; ++r) {
         float sum = 0;
         for (int32_t lane = r; lane < simd::kLanes; lane += b.width) sum += sum_[i * simd::kLanes + lane];
+        float* o = o_ + (b.slot + r) * stride_;
+        simd::restore_order(o, p_.head_dim, T{});
         const QueryRow row(step.item, step.item.row_begin + b.row + r, heads);
-        write_row<T>(p_, step.item, b.row + r, row, o_ + (b.slot + r) * stride_, maximum_[i * simd::kLanes + r], sum);
+        write_row<T>(p_, step.item, b.row + r, row, o, maximum_[i * simd::kLanes + r], sum);
       }
     }
   }
@@ -73,6 +75,7 @@ class DecodeTile {
   using Floats = simd::Floats;
   static constexpr int32_t kPaddedRows = 88;                         // 64 rows in blocks of three
   static constexpr int32_t kSums = simd::kRegisters == 32 ? 16 : 8;  // accumulators
+  static constexpr int32_t kPair = 2 * simd::kLanes;
   static_assert(kStepKeys % kSums == 0 && kSums % simd::kLanes == 0, "scores are whole vectors");
 
   const AttentionParams& p_;
@@ -116,7 +119,7 @@ class DecodeTile {
     const T* from = static_cast<const T*>(p_.q) + at.token * p_.q_stride_token + at.head * p_.q_stride_head;
     float* q = q_ + (b.slot + r) * stride_;
     float* o = o_ + (b.slot + r) * stride_;
-    simd::widen_row(q, from, p_.head_dim);
+    simd::widen_row_paired(q, from, p_.head_dim);
     for (int32_t d = 0; d < stride_; ++d) {
       q[d] *= p_.sm_scale * kLog2E;
       o[d] = 0;
@@ -139,20 +142,39 @@ class DecodeTile {
       for (int32_t i = 0; i < kKeys; ++i) rows[i] = k + step.keys.k[smaller(key + i, keys - 1)];
       Floats dot[kSums] = {};
       int32_t d = 0;
-      for (; d + simd::kLanes <= p_.head_dim; d += simd::kLanes) add_products<kWidth, simd::kLanes>(b, rows, d, dot);
-      if (d < p_.head_dim) add_products<kWidth, simd::kPart>(b, rows, d, dot);
+      for (; d + kPair <= p_.head_dim; d += kPair) add_pairs<kWidth>(b, rows, d, dot);
+      for (; d < p_.head_dim; d += simd::kPart) add_part<kWidth>(b, rows, d, dot);
       float* s = s_ + b.slot * kStepKeys + key * kWidth;
       for (int32_t i = 0; i < kSums; i += simd::kLanes) simd::store(s + i, simd::sums(dot + i));
     }
   }
 
-  template <int32_t kWidth, int32_t kCount>
-  void add_products(const RowBlock& b, const T* const* rows, int32_t d, Floats* dot) {
-    Floats q[kWidth];
-    for (int32_t r = 0; r < kWidth; ++r) q[r] = simd::load(q_ + (b.slot + r) * stride_ + d);
-    for (int32_t i = 0; i < kSums / kWidth; ++i) {
-      const Floats x = simd::load<kCount>(rows[i] + d);
-      for (int32_t r = 0; r < kWidth; ++r) dot[i * kWidth + r] = simd::fma(x, q[r], dot[i * kWidth + r]);
+  // Of the block's rows and the keys, the fewer stay in registers.
+  template <int32_t kWidth>
+  void add_pairs(const RowBlock& b, const T* const* rows, int32_t d, Floats* dot) {
+    constexpr int32_t kKeys = kSums / kWidth;
+    const float* q = q_ + b.slot * stride_ + d;
+    simd::Pair held[kWidth > kKeys ? kKeys : kWidth];
+    if constexpr (kWidth > kKeys) {
+      for (int32_t i = 0; i < kKeys; ++i) held[i] = simd::load_pair(rows[i] + d);
+      for (int32_t r = 0; r < kWidth; ++r) {
+        const simd::Pair x = simd::held(simd::load_pair(q + r * stride_));
+        for (int32_t i = 0; i < kKeys; ++i) dot[i * kWidth + r] = simd::fma(held[i], x, dot[i * kWidth + r]);
+      }
+    } else {
+      for (int32_t r = 0; r < kWidth; ++r) held[r] = simd::held(simd::load_pair(q + r * stride_));
+      for (int32_t i = 0; i < kKeys; ++i) {
+        const simd::Pair x = simd::load_pair(rows[i] + d);
+        for (int32_t r = 0; r < kWidth; ++r) dot[i * kWidth + r] = simd::fma(held[r], x, dot[i * kWidth + r]);
+      }
+    }
+  }
+
+  template <int32_t kWidth>
+  void add_part(const RowBlock& b, const T* const* rows, int32_t d, Floats* dot) {
+    for (int32_t i = 0; i < kSums; ++i) {
+      const Floats q = simd::load<simd::kPart>(q_ + (b.slot + i % kWidth) * stride_ + d);
+      dot[i] = simd::fma(simd::load<simd::kPart>(rows[i / kWidth] + d), q, dot[i]);
     }
   }
 
@@ -191,31 +213,43 @@ class DecodeTile {
     int32_t d = 0;
     for (; d + kDims <= p_.head_dim; d += kDims) {
       ahead.advance();
-      add_values<kWidth, kVectors, simd::kLanes>(step, b, d, keys);
+      add_values<kWidth, kVectors>(step, b, d, keys);
     }
-    for (; d + simd::kLanes <= p_.head_dim; d += simd::kLanes) add_values<kWidth, 1, simd::kLanes>(step, b, d, keys);
-    if (d < p_.head_dim) add_values<kWidth, 1, simd::kPart>(step, b, d, keys);
+    for (; d + kPair <= p_.head_dim; d += kPair) add_values<kWidth, 2>(step, b, d, keys);
+    for (; d < p_.head_dim; d += simd::kPart) add_values<kWidth, 1>(step, b, d, keys);
   }
 
-  template <int32_t kWidth, int32_t kVectors, int32_t kCount>
+  // kVectors are whole pairs, or 1 for kPart elements.
+  template <int32_t kWidth, int32_t kVectors>
   void add_values(const KeyStep& step, const RowBlock& b, int32_t d, int32_t keys) {
+    constexpr int32_t kCount = kVectors == 1 ? simd::kPart : simd::kLanes;
     const T* v = static_cast<const T*>(p_.v) + b.kv_head * p_.v_stride_head + d;
     const float* probability = s_ + b.slot * kStepKeys;
     float* o = o_ + b.slot * stride_ + d;
     Floats sum[kWidth][kVectors];
     for (int32_t r = 0; r < kWidth; ++r) {
-      for (int32_t c = 0; c < kVectors; ++c) sum[r][c] = simd::load(o + r * stride_ + c * simd::kLanes) * rescale_[r];
+      for (int32_t c = 0; c < kVectors; ++c) {
+        sum[r][c] = simd::load<kCount>(o + r * stride_ + c * simd::kLanes) * rescale_[r];
+      }
     }
     for (int32_t key = 0; key < keys; ++key, probability += kWidth) {
       const T* row = v + step.keys.v[key];
       Floats x[kVectors];
-      for (int32_t c = 0; c < kVectors; ++c) x[c] = simd::load<kCount>(row + c * simd::kLanes);
+      if constexpr (kVectors == 1) {
+        x[0] = simd::load<kCount>(row);
+      } else {
+        for (int32_t c = 0; c < kVectors; c += 2) {
+          const simd::Pair pair = simd::load_pair(row + c * simd::kLanes);
+          x[c] = pair.first;
+          x[c + 1] = pair.second;
+        }
+      }
       for (int32_t r = 0; r < kWidth; ++r) {
         for (int32_t c = 0; c < kVectors; ++c) sum[r][c] = simd::fma(simd::splat(probability[r]), x[c], sum[r][c]);
       }
     }
     for (int32_t r = 0; r < kWidth; ++r) {
-      for (int32_t c = 0; c < kVectors; ++c) simd::store(o + r * stride_ + c * simd::kLanes, sum[r][c]);
+      for (int32_t c = 0; c < kVectors; ++c) simd::store<kCount>(o + r * stride_ + c * simd::kLanes, sum[r][c]);
     }
   }
 };

@@ -6,6 +6,7 @@
 
 #include "attention/tile.cuh"
 #include "core/copy.cuh"
+#include "core/plan.h"
 
 namespace flashinfer {
 namespace attention {
@@ -33,42 +34,55 @@ __device__ void load_queries(const AttentionParams& p, const QueryRows& queries,
   }
 }
 
-// Copies the keys and values of one item, a tile at a time. `find` must precede the `load` of the same tile, best by a
-// whole tile, so that the page numbers have arrived.
-template <typename Tile>
-class KeyLoader {
- public:
-  __device__ KeyLoader(const AttentionParams& p, const WorkItem& item)
-      : p_(p),
-        item_(item),
-        k_(static_cast<const uint16_t*>(p.k) + item.kv_head * p.k_stride_head),
-        v_(static_cast<const uint16_t*>(p.v) + item.kv_head * p.v_stride_head),
-        vectorized_(is_vectorized(k_, p.k_stride_page, p.k_stride_token, p.k_stride_head) &&
-                    is_vectorized(v_, p.v_stride_page, p.v_stride_token, p.v_stride_head)) {}
+// The work items of one CTA.
+struct Work {
+  const AttentionParams& p;
+  int32_t index;  // of the first item
+  int32_t end;
+  int32_t step;
 
-  // Each lane looks up the page of one row that its warp will copy.
-  __device__ void find(int32_t first_key) {
-    const int lane = threadIdx.x % 32;
-    const int pass = lane / Tile::kRowsPerWarpPass;
-    const int32_t key = first_key + row_of(pass, lane % Tile::kRowsPerWarpPass);
-    const bool valid = pass < kPasses && key < item_.kv_end;
-    if (p_.page_table == nullptr) {
-      page_ = 0;
-      slot_ = item_.kv_start + key;
-    } else if (valid) {
-      page_ = p_.page_table[item_.kv_start + key / p_.page_size];
-      slot_ = key % p_.page_size;
-    }
+  __device__ explicit Work(const AttentionParams& params) : p(params) {
+    const bool listed = p.items != nullptr;
+    index = listed ? p.worker_indptr[blockIdx.x] : blockIdx.x;
+    end = listed ? p.worker_indptr[blockIdx.x + 1] : p.kv_heads * p.uniform.tiles * p.uniform.pieces;
+    step = listed ? 1 : gridDim.x;
   }
 
-  // Start to copy the tile that was found last; keys past the end of the piece are zero.
-  __device__ void load(int32_t first_key, SharedRows<Tile> k, SharedRows<Tile> v) const {
-    if (vectorized_) {
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) load_pass<copy_async>(pass, first_key, k, v);
+  template <typename Tile>
+  __device__ WorkItem at(int32_t i) const {
+    return p.items != nullptr ? p.items[i] : uniform_item(p.uniform, p.group, p.kv_heads, Tile::kRows, i);
+  }
+};
+
+// Copies keys and values tile by tile through all items of a CTA, so that the copies of one item overlap the arithmetic
+// of the one before. Page numbers are looked up one tile ahead.
+template <typename Tile>
+class KeyStream {
+ public:
+  __device__ explicit KeyStream(const Work& work)
+      : p_(work.p),
+        work_(work),
+        next_index_(work.index),
+        vectorized_(is_vectorized(p_.k, p_.k_stride_page, p_.k_stride_token, p_.k_stride_head) &&
+                    is_vectorized(p_.v, p_.v_stride_page, p_.v_stride_token, p_.v_stride_head)) {
+    fetch_item();
+    enter_item();
+  }
+
+  // Start to copy the next tile, if there is one, and the queries with the first tile of an item if they are buffered.
+  __device__ void load(const SharedTile<Tile>& tile, int stage) {
+    if (key_ >= item_.kv_end) return;
+    if (Tile::kQueryBuffers == 2 && key_ == item_.kv_begin) {
+      load_queries<Tile>(p_, QueryRows(item_, p_.group, Tile::kRows), tile.q(query_buffer_));
+      query_buffer_ ^= 1;
+    }
+    copy_tile(tile.k(stage), tile.v(stage));
+    commit_copies();
+    key_ += Tile::kKeys;
+    if (key_ < item_.kv_end) {
+      find();
     } else {
-#pragma unroll 1
-      for (int pass = 0; pass < kPasses; ++pass) load_pass<copy_elements>(pass, first_key, k, v);
+      enter_item();
     }
   }
 
@@ -76,12 +90,55 @@ class KeyLoader {
   static constexpr int kPasses = Tile::kKeys / Tile::kRowsPerPass;
   static_assert(kPasses * Tile::kRowsPerWarpPass <= 32, "one lane looks up at most one row of a tile");
 
+  static constexpr bool kItemAhead = Tile::kQueryBuffers == 2;  // where items are short
+
+  __device__ void fetch_item() {
+    if (kItemAhead && next_index_ < work_.end) next_ = work_.at<Tile>(next_index_);
+  }
+
+  // Go to the first tile of the next item that has one.
+  __device__ void enter_item() {
+    do {
+      if (next_index_ >= work_.end) return;  // the last item stays, exhausted
+      item_ = kItemAhead ? next_ : work_.at<Tile>(next_index_);
+      next_index_ += work_.step;
+      fetch_item();
+    } while (item_.kv_begin >= item_.kv_end);
+    key_ = item_.kv_begin;
+    find();
+  }
+
+  // Each lane looks up the page of one row that its warp will copy.
+  __device__ void find() {
+    const int lane = threadIdx.x % 32;
+    const int pass = lane / Tile::kRowsPerWarpPass;
+    const int32_t key = key_ + row_of(pass, lane % Tile::kRowsPerWarpPass);
+    if (p_.page_table == nullptr) {
+      page_ = 0;
+      slot_ = item_.kv_start + key;
+    } else if (pass < kPasses && key < item_.kv_end) {
+      page_ = p_.page_table[item_.kv_start + key / p_.page_size];
+      slot_ = key % p_.page_size;
+    }
+  }
+
   __device__ static int row_of(int pass, int row_in_pass) {
     return pass * Tile::kRowsPerPass + threadIdx.x / 32 * Tile::kRowsPerWarpPass + row_in_pass;
   }
 
+  __device__ void copy_tile(SharedRows<Tile> k, SharedRows<Tile> v) const {
+    if (vectorized_) {
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) copy_pass<copy_async>(pass, k, v);
+    } else {
+#pragma unroll 1
+      for (int pass = 0; pass < kPasses; ++pass) copy_pass<copy_elements>(pass, k, v);
+    }
+  }
+
+  // Keys past the end of the piece are zero.
   template <void (*kCopy)(void*, const void*, bool)>
-  __device__ void load_pass(int pass, int32_t first_key, SharedRows<Tile> k, SharedRows<Tile> v) const {
+  __device__ void copy_pass(int pass, SharedRows<Tile> k, SharedRows<Tile> v) const {
     const int lane = threadIdx.x % 32;
     const int chunk = lane % Tile::kChunks;
     const int row_in_pass = lane / Tile::kChunks;
@@ -89,20 +146,25 @@ class KeyLoader {
     const int source = pass * Tile::kRowsPerWarpPass + row_in_pass;
     const int64_t page = __shfl_sync(0xffffffff, page_, source);
     const int64_t slot = __shfl_sync(0xffffffff, slot_, source);
-    const bool valid = first_key + row < item_.kv_end;
-    const int64_t k_offset = valid ? page * p_.k_stride_page + slot * p_.k_stride_token + chunk * 8 : 0;
-    const int64_t v_offset = valid ? page * p_.v_stride_page + slot * p_.v_stride_token + chunk * 8 : 0;
-    kCopy(k.chunk(row, chunk), k_ + k_offset, valid);
-    kCopy(v.chunk(row, chunk), v_ + v_offset, valid);
+    const bool valid = key_ + row < item_.kv_end;
+    const int64_t head_k = item_.kv_head * p_.k_stride_head + chunk * 8;
+    const int64_t head_v = item_.kv_head * p_.v_stride_head + chunk * 8;
+    const int64_t k_offset = valid ? page * p_.k_stride_page + slot * p_.k_stride_token + head_k : 0;
+    const int64_t v_offset = valid ? page * p_.v_stride_page + slot * p_.v_stride_token + head_v : 0;
+    kCopy(k.chunk(row, chunk), static_cast<const uint16_t*>(p_.k) + k_offset, valid);
+    kCopy(v.chunk(row, chunk), static_cast<const uint16_t*>(p_.v) + v_offset, valid);
   }
 
   const AttentionParams& p_;
-  const WorkItem& item_;
-  const uint16_t* k_;
-  const uint16_t* v_;
-  bool vectorized_;
+  const Work& work_;
+  WorkItem item_ = {};  // of the tile that is copied next
+  WorkItem next_;       // the item after it
+  int32_t next_index_;
+  int32_t key_ = 0;
   int32_t page_ = 0;
   int32_t slot_ = 0;
+  int query_buffer_ = 0;
+  bool vectorized_;
 };
 
 }  // namespace attention

@@ -54,29 +54,29 @@ __device__ void store_rows(const AttentionParams& p, const QueryRows& queries, i
 }
 
 // Combine the results of warps that saw different keys of the same 16 rows, and store them, each warp a share of the
-// columns. `state.sum` is complete.
+// columns. `state.sum` is complete; `stage` is not in use.
 template <typename T, typename Tile>
-__device__ void combine_and_store(const AttentionParams& p, const QueryRows& queries, float* exchange,
-                                  const Accumulator (&o)[Tile::kDimBlocks], const RowState& state) {
-  constexpr int kPitch = Tile::kHeadDim + 8;  // rows 8 banks apart
+__device__ void combine_and_store(const AttentionParams& p, const QueryRows& queries, const SharedTile<Tile>& tile,
+                                  int stage, const Accumulator (&o)[Tile::kDimBlocks], const RowState& state) {
   constexpr int kBlocks = Tile::kDimBlocks / Tile::kWarpsOverKeys;
-  static_assert(Tile::kWarps * 16 * (kPitch + 2) * 4 <= Tile::kStages * 2 * Tile::kKeys * Tile::kHeadDim * 2,
-                "the exchange fits the K and V stages");
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  float* values = exchange + Tile::kWarps * 32;
-  __syncthreads();  // all warps have read their last K and V
+  float* const states = tile.states();
+  // Blocks of eight columns are swizzled by row, so that four rows of one block fall into different banks.
+  const auto value = [&](int row, int block) {
+    return reinterpret_cast<float2*>(tile.values(stage) + row * Tile::kHeadDim + (block ^ (row & 7)) * 8 + lane % 4 * 2);
+  };
+  __syncthreads();  // all warps are done with the stage
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp * 16 + lane / 4 + 8 * half;
     if (lane % 4 == 0) {
-      exchange[2 * row] = state.max[half];
-      exchange[2 * row + 1] = state.sum[half];
+      states[2 * row] = state.max[half];
+      states[2 * row + 1] = state.sum[half];
     }
 #pragma unroll
     for (int block = 0; block < Tile::kDimBlocks; ++block) {
-      auto* target = reinterpret_cast<float2*>(values + row * kPitch + block * 8 + lane % 4 * 2);
-      *target = {o[block].x[2 * half], o[block].x[2 * half + 1]};
+      *value(row, block) = {o[block].x[2 * half], o[block].x[2 * half + 1]};
     }
   }
   __syncthreads();
@@ -87,17 +87,16 @@ __device__ void combine_and_store(const AttentionParams& p, const QueryRows& que
     const int row = lane / 4 + 8 * half;
 #pragma unroll
     for (int other = 0; other < Tile::kWarps; ++other) {
-      combined.max[half] = fmaxf(combined.max[half], exchange[2 * (other * 16 + row)]);
+      combined.max[half] = fmaxf(combined.max[half], states[2 * (other * 16 + row)]);
     }
     const float zero = finite_or_zero(combined.max[half]);
 #pragma unroll
     for (int other = 0; other < Tile::kWarps; ++other) {
-      const float weight = exp2_approx(exchange[2 * (other * 16 + row)] - zero);
-      combined.sum[half] += weight * exchange[2 * (other * 16 + row) + 1];
-      const float* source = values + (other * 16 + row) * kPitch + warp * kBlocks * 8 + lane % 4 * 2;
+      const float weight = exp2_approx(states[2 * (other * 16 + row)] - zero);
+      combined.sum[half] += weight * states[2 * (other * 16 + row) + 1];
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-        const float2 pair = *reinterpret_cast<const float2*>(source + block * 8);
+        const float2 pair = *value(other * 16 + row, warp * kBlocks + block);
         total[block].x[2 * half] += weight * pair.x;
         total[block].x[2 * half + 1] += weight * pair.y;
       }

@@ -17,7 +17,8 @@ struct Tile {
   static constexpr int kKeys = kKeys_;  // keys of one step
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kStages = 2;  // K and V tiles in flight or in use
+  static constexpr int kStages = 2;  // K and V tiles: one in use, one in flight
+  static constexpr int kQueryBuffers = kRows == 16 ? 2 : 1;  // small ones are fetched ahead like K and V
 
   // A tile of 16 rows gives each warp a slice of the keys; larger ones give each warp a slice of the rows.
   static constexpr int kWarpsOverRows = kRows == 16 ? 1 : kWarps;
@@ -65,18 +66,24 @@ struct SharedRows {
   }
 };
 
+// The parts of a CTA's shared memory: queries, then K and V of each stage, then the states that warps exchange.
 template <typename Tile>
 struct SharedTile {
   uint16_t* base;
 
-  __device__ SharedRows<Tile> q() const { return {base}; }
-  __device__ SharedRows<Tile> k(int stage) const {
-    return {base + (Tile::kRows + 2 * stage * Tile::kKeys) * Tile::kHeadDim};
-  }
-  __device__ SharedRows<Tile> v(int stage) const { return {k(stage).data + Tile::kKeys * Tile::kHeadDim}; }
+  __device__ SharedRows<Tile> q(int buffer) const { return {rows(buffer * Tile::kRows)}; }
+  __device__ SharedRows<Tile> k(int stage) const { return {rows(kQueryRows + 2 * stage * Tile::kKeys)}; }
+  __device__ SharedRows<Tile> v(int stage) const { return {rows(kQueryRows + (2 * stage + 1) * Tile::kKeys)}; }
 
-  // Where warps exchange fp32 partial results after the last step: the K and V stages, no longer needed.
-  __device__ float* exchange() const { return reinterpret_cast<float*>(k(0).data); }
+  // Where warps that saw different keys exchange their sums of values: a stage that is not in use.
+  __device__ float* values(int stage) const { return reinterpret_cast<float*>(k(stage).data); }
+  __device__ float* states() const { return reinterpret_cast<float*>(rows(kQueryRows + 2 * Tile::kStages * Tile::kKeys)); }
+
+ private:
+  static constexpr int kQueryRows = Tile::kQueryBuffers * Tile::kRows;
+  static_assert(Tile::kWarpsOverKeys == 1 || Tile::kWarps * 16 * 4 <= 2 * Tile::kKeys * 2, "the values fit a stage");
+
+  __device__ uint16_t* rows(int row) const { return base + row * Tile::kHeadDim; }
 };
 
 // The query rows of one work item: packed row r is query r / group, head r % group of the KV head.
