@@ -51,13 +51,15 @@ inline void relax() {
 class Pool {
  public:
   void run(Job& job) {
+    int32_t wanted;
     {
       std::unique_lock<std::mutex> lock(mutex_);
       grow(job.wanted);
       job.wanted = std::min(job.wanted, threads_);
       if (job.wanted > 0) jobs_.push_back(&job);
-      wake(job.wanted);
+      wanted = job.wanted;
     }
+    wake(wanted);
     job.drain();
     leave(job);
   }
@@ -68,7 +70,7 @@ class Pool {
   }
 
  private:
-  // With the mutex held.
+  // Without the mutex, which those who wake up want next.
   void wake(int32_t wanted) {
     for (int32_t i = 0; i < std::min(wanted, kWakesPerThread); ++i) work_.notify_one();
   }
@@ -103,13 +105,13 @@ class Pool {
       if (--job.wanted == 0 || job.exhausted()) jobs_.pop_front();
       if (job.exhausted()) continue;
       job.active.fetch_add(1, std::memory_order_relaxed);
-      wake(job.wanted);
+      const int32_t wanted = job.wanted;
       lock.unlock();
+      wake(wanted);
       job.drain();
       lock.lock();
-      // The caller frees the job as soon as it sees no helper inside, so it is signalled before, under the mutex.
-      if (job.active.load(std::memory_order_relaxed) == 1) job.done.notify_one();
-      job.active.fetch_sub(1, std::memory_order_release);
+      // The caller takes the mutex before it frees the job.
+      if (job.active.fetch_sub(1, std::memory_order_release) == 1) job.done.notify_one();
     }
   }
 
