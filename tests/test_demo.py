@@ -17,13 +17,15 @@ from eager import compare, generate_eager  # noqa: E402
 from paged_llama import PagedLlama, Request, Timing  # noqa: E402
 
 NO_STOP = -1
+LENGTHS = (2, 40, 16, 130, 3)
+LIMIT = 8
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=101, hidden_size=96, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
+        vocab_size=101, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
     )  # fmt: skip
     config._attn_implementation = "eager"
@@ -41,17 +43,23 @@ def answer(engine: PagedLlama, batch: list[Request], limit: int, stop: int = NO_
     return batch
 
 
+@pytest.fixture(scope="module")
+def references(model: Any) -> list[Request]:
+    answered = requests(*LENGTHS)
+    for request in answered:
+        generate_eager(model, request, LIMIT, NO_STOP, Timing())
+    return answered
+
+
 @pytest.mark.parametrize("page_size", [1, 5, 16], ids="page{}".format)
-def test_greedy_tokens_equal_eager_ones(model: Any, page_size: int) -> None:
-    lengths = (2, 40, 16, 130, 3)
-    engine = PagedLlama(model, num_pages=sum(-(-(n + 12) // page_size) for n in lengths), page_size=page_size)
+def test_greedy_tokens_equal_eager_ones(model: Any, references: list[Request], page_size: int) -> None:
+    engine = PagedLlama(model, sum(-(-(length + LIMIT) // page_size) for length in LENGTHS), page_size)
     with torch.inference_mode():
         engine.cache.fill_(float("nan"))
-    for ours, reference in zip(answer(engine, requests(*lengths), 12), requests(*lengths)):
-        generate_eager(model, reference, 12, NO_STOP, Timing())
+    for ours, reference in zip(answer(engine, requests(*LENGTHS), LIMIT), references):
         found = compare(ours, reference)
         assert found.tokens is None, found
-        assert len(ours.answer) == 12
+        assert len(ours.answer) == LIMIT
         assert found.logit_error < 1e-4
 
 
