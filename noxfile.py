@@ -102,6 +102,6 @@ def types(session: nox.Session) -> None:
 
 @nox.session(python="3.12", reuse_venv=True)
 def bundle(session: nox.Session) -> None:
-    """Put an index, tests and a script for a GPU machine without a network into bundle/; `-- --targets sm_90` chooses."""
+    """Put an index, tests and a script for a GPU machine without a network into bundle/; `-- --targets` chooses."""
     session.install(*_facts(session, "cu130/torch2.11")["build"], *_group("build"))
     session.run("python", "-m", "ci.bundle", "bundle", *session.posargs)
