@@ -21,9 +21,12 @@ if first:
     __import__(first)
 done = []
 def watch(event, arguments):
+    if "__pycache__" in str(arguments):
+        return  # Python's own doing, and installers do it beforehand
     if event == "open":
         mode, flags = arguments[1:]
-        if (mode and set(mode) & set("wax+")) or flags & 3:
+        by_name = not isinstance(arguments[0], int)  # what is opened by number was seen when it was opened by name
+        if by_name and ((mode and set(mode) & set("wax+")) or flags & 3):
             done.append([event, str(arguments[0])])
     elif event.split(".")[0] in ("socket", "subprocess", "shutil", "tempfile") or event in (
         "os.mkdir", "os.rename", "os.remove", "os.system", "urllib.Request"
@@ -43,16 +46,15 @@ print(json.dumps({
 
 
 def _probe(name: str, *, after: str = "", options: tuple[str, ...] = (), path: str = "") -> dict[str, Any]:
-    # -B: writing .pyc files is Python's doing, and installers do it beforehand.
-    command = [sys.executable, "-B", *options, "-c", PROBE, after, name]
-    environment = {**os.environ, "PYTHONPATH": path or os.pathsep.join(sys.path)}
+    command = [sys.executable, *options, "-c", PROBE, after, name]
+    environment = {**os.environ, "PYTHONPATH": path or os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
 def _fast(name: str, **how: Any) -> dict[str, Any]:
-    """Probe again where a busy machine made the first import slow."""
+    """Probe again where compiling the modules or a busy machine made the first import slow."""
     for _ in range(5):
         result = _probe(name, **how)
         if result["seconds"] < 0.1:
