@@ -44,7 +44,8 @@ FLASHINFER_HOST_DEVICE inline int32_t smaller(int32_t a, int32_t b) { return a <
 FLASHINFER_HOST_DEVICE inline int32_t ceil_div(int32_t a, int32_t b) { return a / b + (a % b != 0); }
 
 FLASHINFER_HOST_DEVICE inline int32_t tiles_of(int32_t q_len, int32_t group, int32_t tile_rows) {
-  return ceil_div(q_len * group, tile_rows);
+  const int32_t rows = q_len * group;
+  return rows <= tile_rows ? rows > 0 : ceil_div(rows, tile_rows);  // decode needs no division
 }
 
 // Keys that the last row of a tile sees; every row of the tile sees no more.
@@ -131,12 +132,9 @@ struct PlanWriter {
                     t.row_begin, kv_begin, kv_end,     partial,  {0, 0, 0}};
   }
   FLASHINFER_HOST_DEVICE void whole(const PlanTile& t, int32_t heads) {
-    const WorkItem first = item(t, 0, t.visible, -1);
     WorkItem* const to = out.items + counts.items;
-    for (int32_t i = 0; i < heads; ++i) {
-      to[i] = first;
-      to[i].kv_head = t.kv_head + i;
-    }
+    PlanTile each = t;
+    for (int32_t i = 0; i < heads; ++i, ++each.kv_head) to[i] = item(each, 0, t.visible, -1);
     counts.items += heads;
   }
   FLASHINFER_HOST_DEVICE void piece(const PlanTile& t, int32_t first, int32_t last) {
@@ -197,7 +195,8 @@ struct PlanCutter {
     int32_t done = 0;
     int32_t pieces = 0;
     for (; range_end < end; end_worker()) {
-      const int64_t nearest = (range_end - begin - 1 + quantum / 2) / quantum * quantum;
+      int64_t nearest = range_end - begin - 1;
+      if (quantum > 1) nearest = (nearest + quantum / 2) / quantum * quantum;
       if (nearest >= t.key_tiles) break;
       if (nearest <= done) continue;
       sink.piece(t, done, int32_t(nearest));
