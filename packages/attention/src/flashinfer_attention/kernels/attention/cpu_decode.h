@@ -136,33 +136,35 @@ class DecodeTile {
   void multiply_keys(const KeyStep& step, const RowBlock& b, int32_t key) {
     constexpr int32_t kKeys = kSums / kWidth;
     const T* k = static_cast<const T*>(p_.k) + b.kv_head * p_.k_stride_head;
+    const float* q = q_ + b.slot * stride_;
+    float* s = s_ + b.slot * kStepKeys;
     const int32_t keys = visible(step, b);
+    const int32_t stride = stride_;
+    const int32_t head_dim = p_.head_dim;
     for (const int32_t end = smaller(key + kSums, keys); key < end; key += kKeys) {
       const T* rows[kKeys];
       for (int32_t i = 0; i < kKeys; ++i) rows[i] = k + step.keys.k[smaller(key + i, keys - 1)];
       Floats dot[kSums] = {};
       int32_t d = 0;
-      for (; d + kPair <= p_.head_dim; d += kPair) add_pairs<kWidth>(b, rows, d, dot);
-      for (; d < p_.head_dim; d += simd::kPart) add_part<kWidth>(b, rows, d, dot);
-      float* s = s_ + b.slot * kStepKeys + key * kWidth;
-      for (int32_t i = 0; i < kSums; i += simd::kLanes) simd::store(s + i, simd::sums(dot + i));
+      for (; d + kPair <= head_dim; d += kPair) add_pairs<kWidth>(q + d, stride, rows, d, dot);
+      for (; d < head_dim; d += simd::kPart) add_part<kWidth>(q + d, stride, rows, d, dot);
+      for (int32_t i = 0; i < kSums; i += simd::kLanes) simd::store(s + key * kWidth + i, simd::sums(dot + i));
     }
   }
 
   // Of the block's rows and the keys, the fewer stay in registers.
   template <int32_t kWidth>
-  void add_pairs(const RowBlock& b, const T* const* rows, int32_t d, Floats* dot) {
+  static void add_pairs(const float* q, int32_t stride, const T* const* rows, int32_t d, Floats* dot) {
     constexpr int32_t kKeys = kSums / kWidth;
-    const float* q = q_ + b.slot * stride_ + d;
     simd::Pair held[kWidth > kKeys ? kKeys : kWidth];
     if constexpr (kWidth > kKeys) {
       for (int32_t i = 0; i < kKeys; ++i) held[i] = simd::load_pair(rows[i] + d);
       for (int32_t r = 0; r < kWidth; ++r) {
-        const simd::Pair x = simd::held(simd::load_pair(q + r * stride_));
+        const simd::Pair x = simd::held(simd::load_pair(q + r * stride));
         for (int32_t i = 0; i < kKeys; ++i) dot[i * kWidth + r] = simd::fma(held[i], x, dot[i * kWidth + r]);
       }
     } else {
-      for (int32_t r = 0; r < kWidth; ++r) held[r] = simd::held(simd::load_pair(q + r * stride_));
+      for (int32_t r = 0; r < kWidth; ++r) held[r] = simd::held(simd::load_pair(q + r * stride));
       for (int32_t i = 0; i < kKeys; ++i) {
         const simd::Pair x = simd::load_pair(rows[i] + d);
         for (int32_t r = 0; r < kWidth; ++r) dot[i * kWidth + r] = simd::fma(held[r], x, dot[i * kWidth + r]);
@@ -171,10 +173,10 @@ class DecodeTile {
   }
 
   template <int32_t kWidth>
-  void add_part(const RowBlock& b, const T* const* rows, int32_t d, Floats* dot) {
+  static void add_part(const float* q, int32_t stride, const T* const* rows, int32_t d, Floats* dot) {
     for (int32_t i = 0; i < kSums; ++i) {
-      const Floats q = simd::load<simd::kPart>(q_ + (b.slot + i % kWidth) * stride_ + d);
-      dot[i] = simd::fma(simd::load<simd::kPart>(rows[i / kWidth] + d), q, dot[i]);
+      const Floats x = simd::load<simd::kPart>(rows[i / kWidth] + d);
+      dot[i] = simd::fma(x, simd::load<simd::kPart>(q + i % kWidth * stride), dot[i]);
     }
   }
 

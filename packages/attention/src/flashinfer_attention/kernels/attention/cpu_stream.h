@@ -45,7 +45,7 @@ class KeyStream {
   }
 
  private:
-  static constexpr int32_t kStepBytes = 32 << 10;
+  static constexpr int32_t kStepBytes = 64 << 10;
 
   void set_heads(KeyStep& step) const {
     const int32_t heads = p_.kv_heads * p_.group;

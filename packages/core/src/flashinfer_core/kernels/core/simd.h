@@ -36,7 +36,18 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
 using Lanes = std::make_integer_sequence<int, kLanes>;
 
-inline Floats splat(float x) { return Floats{} + x; }
+// Subtracting zero is exact, so nothing but the broadcast is left of it; adding zero would change -0.
+inline Floats splat(float x) { return x - Floats{}; }
+
+// x, loaded once: without this GCC reads memory again at every use, which costs more than a register.
+inline Floats held(Floats x) {
+#if defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
 
 // Lane numbers 0, 1, 2, ...
 inline Ints lane_numbers() {
@@ -70,7 +81,10 @@ inline Halves load_bits(const T* from) {
   return bits;
 }
 
-inline void store(float* to, Floats x) { __builtin_memcpy(to, &x, sizeof(x)); }
+template <int count = kLanes>
+inline void store(float* to, Floats x) {
+  __builtin_memcpy(to, &x, count * sizeof(float));
+}
 
 }  // namespace simd
 }  // namespace flashinfer
@@ -85,7 +99,7 @@ namespace flashinfer {
 namespace simd {
 
 // bfloat16 is the upper half of fp32.
-inline Floats widen(Halves bits, bf16) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
+inline Floats widen(Halves bits, bf16) { return (Floats)(zero_extend(bits) << 16); }
 
 template <int count = kLanes>
 inline Floats load(const bf16* from) {
@@ -99,10 +113,59 @@ inline Floats load(const f16* from) {
 
 // A row of `count` elements, a multiple of 8, as fp32; zeros may follow it up to a whole vector.
 template <class T>
-inline void widen_row(float* to, const T* from, int32_t count) {
-  int32_t i = 0;
+inline void widen_row(float* to, const T* from, int32_t count, int32_t i = 0) {
   for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  if (kLanes > 8 && i < count) store(to + i, load<kPart>(from + i));
+  if (i < count) store(to + i, load<kPart>(from + i));
+}
+
+// 2 * kLanes elements, in the order that is cheapest to widen: dot products do not care for it.
+struct Pair {
+  Floats first, second;
+};
+
+template <class T>
+inline Pair load_pair(const T* from) {
+  return {load(from), load(from + kLanes)};
+}
+
+// Even elements, then odd ones.
+inline Pair load_pair(const bf16* from) {
+  Words bits;
+  __builtin_memcpy(&bits, from, sizeof(bits));
+  return {(Floats)(bits << 16), (Floats)(bits & 0xffff0000u)};
+}
+
+inline Pair held(Pair x) { return {held(x.first), held(x.second)}; }
+
+inline Floats fma(Pair a, Pair b, Floats c) { return fma(a.second, b.second, fma(a.first, b.first, c)); }
+
+inline void store_pair(float* to, Pair x) {
+  store(to, x.first);
+  store(to + kLanes, x.second);
+}
+
+// As widen_row, but as far as whole pairs go with their elements in the order of load_pair.
+template <class T>
+inline void widen_row_paired(float* to, const T* from, int32_t count) {
+  int32_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) store_pair(to + i, load_pair(from + i));
+  widen_row(to, from, count, i);
+}
+
+template <class T>
+inline void restore_order(float*, int32_t, T) {}
+
+template <int... i>
+inline Pair interleave(Pair x, std::integer_sequence<int, i...>) {
+  return {shuffle<(i / 2 + i % 2 * kLanes)...>(x.first, x.second),
+          shuffle<(kLanes / 2 + i / 2 + i % 2 * kLanes)...>(x.first, x.second)};
+}
+
+// Bring a row that was computed from paired rows back into the order of memory.
+inline void restore_order(float* row, int32_t count, bf16) {
+  for (int32_t i = 0; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    store_pair(row + i, interleave({load(row + i), load(row + i + kLanes)}, Lanes{}));
+  }
 }
 
 // Round to nearest even; a NaN keeps its sign and becomes quiet.

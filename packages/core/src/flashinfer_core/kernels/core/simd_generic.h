@@ -11,6 +11,8 @@ namespace simd {
 // b where either is NaN.
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
+inline Words zero_extend(Halves bits) { return __builtin_convertvector(bits, Words); }
+
 #if defined(__aarch64__)
 
 inline Floats fma(Floats a, Floats b, Floats c) {
@@ -32,7 +34,7 @@ inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 
 // The product with 2^112 corrects the exponent, of subnormal numbers too; infinity and NaN get the largest one.
 inline Floats widen(Halves bits, f16) {
-  const Words wide = __builtin_convertvector(bits, Words);
+  const Words wide = zero_extend(bits);
   const Words magnitude = (wide & 0x7fff) << 13;
   const Words special = (Words)(magnitude >= 0x7c00u << 13) & 0x7f800000u;
   return (Floats)((Words)((Floats)magnitude * 0x1p112f) | special | (wide & 0x8000) << 16);

@@ -11,9 +11,11 @@ namespace simd {
 inline Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
 // b where either is NaN.
-inline Floats maximum(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Floats maximum(Floats a, Floats b) { return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
 
-inline Floats widen(Halves bits, f16) { return (Floats)_mm512_cvtph_ps((__m256i)bits); }
+inline Words zero_extend(Halves bits) { return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits); }
+
+inline Floats widen(Halves bits, f16) { return (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits); }
 
 #else
 
@@ -21,6 +23,8 @@ inline Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps
 
 // b where either is NaN.
 inline Floats maximum(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+
+inline Words zero_extend(Halves bits) { return (Words)_mm256_cvtepu16_epi32((__m128i)bits); }
 
 inline Floats widen(Halves bits, f16) { return (Floats)_mm256_cvtph_ps((__m128i)bits); }
 
