@@ -55,7 +55,7 @@ struct Work {
 };
 
 // Copies keys and values tile by tile through all items of a CTA, so that the copies of one item overlap the arithmetic
-// of the one before. Page numbers are looked up one tile ahead.
+// of the one before. Pages are looked up one tile ahead.
 template <typename Tile>
 class KeyStream {
  public:
@@ -108,18 +108,21 @@ class KeyStream {
     find();
   }
 
-  // Each lane looks up the page of one row that its warp will copy.
+  // Each lane finds one row that its warp will copy.
   __device__ void find() {
     const int lane = threadIdx.x % 32;
     const int pass = lane / Tile::kRowsPerWarpPass;
     const int32_t key = key_ + row_of(pass, lane % Tile::kRowsPerWarpPass);
-    if (p_.page_table == nullptr) {
-      page_ = 0;
-      slot_ = item_.kv_start + key;
-    } else if (pass < kPasses && key < item_.kv_end) {
-      page_ = p_.page_table[item_.kv_start + key / p_.page_size];
-      slot_ = key % p_.page_size;
+    k_row_ = v_row_ = 0;
+    if (pass >= kPasses || key >= item_.kv_end) return;
+    int64_t page = 0;
+    int64_t slot = item_.kv_start + key;
+    if (p_.page_table != nullptr) {
+      page = p_.page_table[item_.kv_start + key / p_.page_size];
+      slot = key % p_.page_size;
     }
+    k_row_ = page * p_.k_stride_page + slot * p_.k_stride_token + item_.kv_head * p_.k_stride_head;
+    v_row_ = page * p_.v_stride_page + slot * p_.v_stride_token + item_.kv_head * p_.v_stride_head;
   }
 
   __device__ static int row_of(int pass, int row_in_pass) {
@@ -144,15 +147,11 @@ class KeyStream {
     const int row_in_pass = lane / Tile::kChunks;
     const int row = row_of(pass, row_in_pass);
     const int source = pass * Tile::kRowsPerWarpPass + row_in_pass;
-    const int64_t page = __shfl_sync(0xffffffff, page_, source);
-    const int64_t slot = __shfl_sync(0xffffffff, slot_, source);
+    const auto* k_row = static_cast<const uint16_t*>(p_.k) + __shfl_sync(0xffffffff, k_row_, source);
+    const auto* v_row = static_cast<const uint16_t*>(p_.v) + __shfl_sync(0xffffffff, v_row_, source);
     const bool valid = key_ + row < item_.kv_end;
-    const int64_t head_k = item_.kv_head * p_.k_stride_head + chunk * 8;
-    const int64_t head_v = item_.kv_head * p_.v_stride_head + chunk * 8;
-    const int64_t k_offset = valid ? page * p_.k_stride_page + slot * p_.k_stride_token + head_k : 0;
-    const int64_t v_offset = valid ? page * p_.v_stride_page + slot * p_.v_stride_token + head_v : 0;
-    kCopy(k.chunk(row, chunk), static_cast<const uint16_t*>(p_.k) + k_offset, valid);
-    kCopy(v.chunk(row, chunk), static_cast<const uint16_t*>(p_.v) + v_offset, valid);
+    kCopy(k.chunk(row, chunk), k_row + chunk * 8, valid);
+    kCopy(v.chunk(row, chunk), v_row + chunk * 8, valid);
   }
 
   const AttentionParams& p_;
@@ -161,8 +160,8 @@ class KeyStream {
   WorkItem next_;       // the item after it
   int32_t next_index_;
   int32_t key_ = 0;
-  int32_t page_ = 0;
-  int32_t slot_ = 0;
+  int64_t k_row_ = 0;  // offset in elements of the row that this lane has found
+  int64_t v_row_ = 0;
   int query_buffer_ = 0;
   bool vectorized_;
 };
