@@ -21,9 +21,14 @@ KERNELS = ROOT / "src" / "flashinfer_core" / "kernels"
 PACKAGE = ROOT / "src" / "flashinfer_core"
 JOBS = 2
 
-COMPILE_FLAGS = ("-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-pthread")
-# The C++ runtime goes inside, with its symbols hidden: the extension runs wherever its C library does, and shares no
-# C++ state with torch, whatever torch was built with.
+# A name of its own for pybind11's registry, which all extensions of a process share otherwise: torch's has the C++
+# runtime of torch's build behind it.
+OWN_REGISTRY = '-DPYBIND11_COMPILER_TYPE="_flashinfer"'
+COMPILE_FLAGS = (
+    *("-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-pthread"),
+    OWN_REGISTRY,
+)
+# The C++ runtime goes inside, with its symbols hidden: the extension runs wherever its C library does.
 LINK_FLAGS = ("-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,-s", "-pthread", "-ldl")
 
 
