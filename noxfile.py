@@ -16,6 +16,12 @@ WHEELS, INDEX = Path("build/wheels"), Path("build/index")
 DISTRIBUTIONS = ("core", "attention", "page", "lora", "python")
 
 
+def _interpreter(version: str) -> str:
+    """Return the path of a Python among pyenv's, or its name for nox to find on PATH."""
+    kept = sorted(Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/python"))
+    return str(kept[-1]) if kept else version
+
+
 def _group(name: str) -> tuple[str, ...]:
     return nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), name)
 
@@ -100,7 +106,7 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
-@nox.session(python="3.12", reuse_venv=True)
+@nox.session(python=_interpreter("3.12"), reuse_venv=True)
 def bundle(session: nox.Session) -> None:
     """Put an index, tests and a script for a GPU machine without a network into bundle/; `-- --targets` chooses."""
     session.install(*_facts(session, "cu130/torch2.11")["build"], *_group("build"))

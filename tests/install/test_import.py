@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+
 from environments import Environment
 
 pytestmark = pytest.mark.install

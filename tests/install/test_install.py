@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from environments import DISTRIBUTIONS, Environment
 
 import flashinfer_core
+from environments import DISTRIBUTIONS, Environment
 
 pytestmark = pytest.mark.install
 

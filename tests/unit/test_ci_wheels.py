@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from wheel_files import write_wheel
 
 from ci import bundle, compiled, machine, matrix, wheels
+from wheel_files import write_wheel
 
 BUILD = matrix.named(matrix.load(), "cu130/torch2.11")
 

@@ -12,8 +12,8 @@ from urllib.parse import unquote
 
 import pytest
 from packaging.utils import canonicalize_name
-from wheel_files import write_wheel
 
+from wheel_files import write_wheel
 from wheelindex import pages, tree
 from wheelindex.__main__ import main
 from wheelindex.errors import BadWheelError, ConflictError
