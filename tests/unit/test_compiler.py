@@ -83,6 +83,14 @@ def test_images_are_reproducible_and_keys_tell_all_they_depend_on(variant: objec
     assert first.sources == other.sources != edited.sources
 
 
+@pytest.mark.parametrize(
+    ("flag", "zig"),
+    [("-march=x86-64-v3", "-mcpu=x86_64_v3"), ("-march=armv8-a", "-mcpu=generic"), ("-fno-math-errno",) * 2],
+)
+def test_zig_has_its_own_names_of_processors(flag: str, zig: str) -> None:
+    assert compiler.zig_flag(flag) == zig
+
+
 def test_cpu_error_quotes_the_offending_line(package: Path) -> None:
     source = package / "kernels" / "tiny" / "scale.cpp"
     source.write_text(source.read_text().replace("p.count", "p.length"))

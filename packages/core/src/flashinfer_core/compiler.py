@@ -107,12 +107,21 @@ def cxx_identity(command: str) -> str:
     return (done.stdout.splitlines() or [command])[0]
 
 
+def zig_flag(flag: str) -> str:
+    """Spell an architecture flag of GCC and Clang for zig, which has names of its own."""
+    name, equals, value = flag.partition("=")
+    if name != "-march":
+        return flag
+    return f"-mcpu{equals}{'generic' if value == 'armv8-a' else value.replace('-', '_')}"
+
+
 def _compile_cpu(unit: Unit) -> bytes:
     command = cxx()
     with tempfile.TemporaryDirectory(prefix="flashinfer-") as folder:
         # Relative paths only: the object must not depend on the temporary folder's name.
         _write_tree(Path(folder), {**unit.headers, "unit.cpp": unit.text.encode()})
-        arguments = [*shlex.split(command), *unit.flags, "-I.", "unit.cpp", "-o", "unit.so", "-lm"]
+        flags = [zig_flag(flag) for flag in unit.flags] if "zig" in command else unit.flags
+        arguments = [*shlex.split(command), *flags, "-I.", "unit.cpp", "-o", "unit.so", "-lm"]
         environment = {**os.environ, "LC_ALL": "C"}
         done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, env=environment)
         if done.returncode:
