@@ -127,31 +127,31 @@ def torch_times(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool)
     return times
 
 
-def decode_row(case: Decode, bandwidth: float) -> Sequence[object]:
-    """Time one decode case: wrapper, host time, torch on contiguous keys."""
+def wrapper_times(case: Decode, q: torch.Tensor) -> Tuple[float, float, float]:
+    """Return microseconds of `run` on the GPU, of `plan` on the host and of `run` on the host."""
     (q_heads, kv_heads), pages = case.heads, case.kv_len // case.page_size
     shape = (case.batch * pages, 2, case.page_size, kv_heads, HEAD_DIM)
     cache = torch.randn(shape, device="cuda", dtype=DTYPE)
     indptr = torch.arange(case.batch + 1, dtype=torch.int32) * pages
     indices = torch.randperm(case.batch * pages, device="cuda").int()
     last = torch.full((case.batch,), case.page_size, dtype=torch.int32)
-    q = torch.randn(case.batch, q_heads, HEAD_DIM, device="cuda", dtype=DTYPE)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(torch.empty(128 << 20, dtype=torch.uint8, device="cuda"))
-
-    def plan() -> None:
-        wrapper.plan(
-            indptr, indices, last, q_heads, kv_heads, HEAD_DIM, case.page_size, q_data_type=DTYPE, kv_data_type=DTYPE
-        )
-
-    plan()
+    lengths = (indptr, indices, last, q_heads, kv_heads, HEAD_DIM, case.page_size)
+    wrapper.plan(*lengths, q_data_type=DTYPE)
     taken = gpu_time(lambda: wrapper.run(q, cache))
-    plan_host, run_host = host_time(plan), host_time(lambda: wrapper.run(q, cache))
-    del cache
-    contiguous = torch.randn(2, case.batch, kv_heads, case.kv_len, HEAD_DIM, device="cuda", dtype=DTYPE)
-    others = torch_times(q[:, :, None], contiguous[0], contiguous[1], causal=False)
-    floor = contiguous.numel() * 2 / bandwidth
+    planning = host_time(lambda: wrapper.plan(*lengths, q_data_type=DTYPE))
+    return taken, planning, host_time(lambda: wrapper.run(q, cache))
+
+
+def decode_row(case: Decode, bandwidth: float) -> Sequence[object]:
+    """Time one decode case: the wrapper, host time, torch on contiguous keys."""
+    q_heads, kv_heads = case.heads
+    q = torch.randn(case.batch, q_heads, HEAD_DIM, device="cuda", dtype=DTYPE)
+    taken, planning, submitting = wrapper_times(case, q)
+    k, v = torch.randn(2, case.batch, kv_heads, case.kv_len, HEAD_DIM, device="cuda", dtype=DTYPE)
+    others = torch_times(q[:, :, None], k, v, causal=False)
     name = f"{q_heads}/{kv_heads}, {case.batch} x {case.kv_len}, page {case.page_size}"
-    return [name, floor, taken, *others, plan_host, run_host]
+    return [name, 2 * k.numel() * k.element_size() / bandwidth, taken, *others, planning, submitting]
 
 
 def prefill_row(case: Prefill) -> Sequence[object]:
