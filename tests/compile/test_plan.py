@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny_package import needs_nvrtc
 
 from flashinfer_core import compiler
+from tiny_package import needs_nvrtc
 
 KERNEL = """#include "core/plan.h"
 namespace planning {

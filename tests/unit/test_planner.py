@@ -188,7 +188,7 @@ def check_balance(case: Case, planned: Planned) -> None:
     assert planned.worker_indptr[0] == 0
     assert planned.worker_indptr[-1] == planned.counts.num_items
     assert (np.diff(planned.worker_indptr) >= 0).all()
-    tiles = {}
+    tiles: dict[tuple[int, int, int], int] = {}
     for item in planned.items:
         tile = (int(item["q_start"]), int(item["kv_head"]), int(item["row_begin"]))
         tiles[tile] = max(tiles.get(tile, 0), int(item["kv_end"]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np

@@ -1,5 +1,6 @@
 // A driver without a GPU: one device, one module, one kernel of one 16-byte parameter. Appends a line for each call to
-// $FAKE_CUDA_LOG. The call named $FAKE_CUDA_FAIL returns $FAKE_CUDA_ERROR. OLD_DRIVER leaves out what 11.4 did not have.
+// $FAKE_CUDA_LOG. The call named $FAKE_CUDA_FAIL returns $FAKE_CUDA_ERROR. OLD_DRIVER leaves out what 11.4 did not
+// have.
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
