@@ -34,9 +34,7 @@ def attention(
     return o.reshape(q_len, heads, dim), lse.permute(2, 0, 1).reshape(q_len, heads)
 
 
-def gather(
-    cache: torch.Tensor, table: torch.Tensor, indptr: List[int], kv_len: List[int]
-) -> List[torch.Tensor]:
+def gather(cache: torch.Tensor, table: torch.Tensor, indptr: List[int], kv_len: List[int]) -> List[torch.Tensor]:
     """Return the rows of each request, [kv_len, kv_heads, dim], from a cache [pages, page_size, kv_heads, dim]."""
     rows = []
     for request, length in enumerate(kv_len):
@@ -56,8 +54,7 @@ def ragged(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Return (o, natural lse) in fp64 of a batch whose requests' keys and values come as lists."""
     results = [
-        attention(q[q_indptr[i] : q_indptr[i + 1]], k[i], v[i], causal=causal, sm_scale=sm_scale)
-        for i in range(len(k))
+        attention(q[q_indptr[i] : q_indptr[i + 1]], k[i], v[i], causal=causal, sm_scale=sm_scale) for i in range(len(k))
     ]
     if not results:
         return q.double(), q.new_zeros(q.shape[:2], dtype=torch.float64)

@@ -8,7 +8,7 @@ Stream-K (arXiv 2301.03598) between tiles.
 from __future__ import annotations
 
 import math
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Tuple, cast
 
 import torch
 
@@ -21,6 +21,9 @@ from flashinfer_core.errors import InvalidArgumentError
 from flashinfer_core.tensors import KeyValue, key_value
 
 __all__ = ["Plan", "Workspace", "attention", "plan_attention", "run", "run_single", "single", "workspace_bytes"]
+
+Output = Tuple[torch.Tensor, Optional[torch.Tensor]]
+
 
 def attention(
     q: torch.Tensor,
@@ -43,10 +46,8 @@ def attention(
     Return (o as q, lse in natural logarithm). A row that sees no key has o = 0 and lse = -inf. Asynchronous on GPUs, on
     torch's current stream. Raises InvalidArgumentError, InvalidTypeError before anything is launched.
     """
-    if lse is None:
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     kv = key_value(k, v, paged=plan.page_size is not None)
-    return run(plan, q, kv, page_table, sm_scale=sm_scale, lse_scale=1.0, out=out, lse=lse), lse
+    return _both(run(plan, q, kv, page_table, sm_scale=sm_scale, lse_scale=1.0, out=out, lse=lse, wants_lse=True))
 
 
 def run(
@@ -59,20 +60,19 @@ def run(
     lse_scale: float,
     out: Optional[torch.Tensor],
     lse: Optional[torch.Tensor],
-) -> torch.Tensor:
-    """Check, launch, and return `out`; the body of `attention` for callers that hold a KeyValue or want no lse."""
+    wants_lse: bool,
+) -> Output:
+    """Check, launch, and return (o, lse if given or wanted); the body of `attention` for callers with a KeyValue."""
     problem = plan.problem
-    tokens = q.shape[0]
-    check_query(problem, q, tokens if plan.workspace.fixed else plan.tokens)
+    check_query(problem, q, None if plan.workspace.fixed else plan.tokens)
     check_key_value(problem, kv)
     plan.check_cache(kv, page_table)
-    check_outputs(problem, tokens, out, lse)
+    check_outputs(problem, q.shape[0], out, lse)
     if plan.workspace.fixed:
-        plan.check_rows(tokens)
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        plan.check_rows(q.shape[0])
+    out, lse = _outputs(q, out, lse, wants_lse)
     if plan.is_empty:
-        return out
+        return out, lse
 
     stream = stream_of(problem.device)
     params = copied(plan.attention_params)
@@ -83,7 +83,7 @@ def run(
         params = copied(plan.merge_params)
         _fill_output(params, out, lse, lse_scale)
         plan.kernels.merge.launch(params, workers=plan.kernels.merge.max_workers, stream=stream)
-    return out
+    return out, lse
 
 
 def single(
@@ -103,10 +103,8 @@ def single(
     `attention`. Nothing is copied to the device, so a CUDA graph may capture even the first call of a process; partial
     results are allocated in the call, by torch. Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError.
     """
-    if lse is None:
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     kv = key_value(k, v, paged=False)
-    return run_single(q, kv, causal=causal, sm_scale=sm_scale, lse_scale=1.0, out=out, lse=lse), lse
+    return _both(run_single(q, kv, causal=causal, sm_scale=sm_scale, lse_scale=1.0, out=out, lse=lse, wants_lse=True))
 
 
 def run_single(
@@ -118,8 +116,9 @@ def run_single(
     lse_scale: float,
     out: Optional[torch.Tensor] = None,
     lse: Optional[torch.Tensor] = None,
-) -> torch.Tensor:
-    """Check, launch, and return `out`; the body of `single` for callers that hold a KeyValue or want no lse."""
+    wants_lse: bool = False,
+) -> Output:
+    """Check, launch, and return (o, lse if given or wanted); the body of `single` for callers with a KeyValue."""
     if not isinstance(q, torch.Tensor) or q.dim() != 3:
         raise InvalidArgumentError("q must be a tensor of shape [q_len, num_qo_heads, head_dim]")
     q_len, num_qo_heads, head_dim = q.shape
@@ -127,10 +126,9 @@ def run_single(
     check_query(problem, q, q_len)
     check_key_value(problem, kv)
     check_outputs(problem, q_len, out, lse)
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out, lse = _outputs(q, out, lse, wants_lse)
     if q_len == 0:
-        return out
+        return out, lse
 
     kernels = load_kernels(problem, q_len * problem.group)
     work = planner.uniform_plan(
@@ -170,7 +168,19 @@ def run_single(
         )
         _fill_output(merge, out, lse, lse_scale)
         kernels.merge.launch(merge, workers=kernels.merge.max_workers, stream=stream)
-    return out
+    return out, lse
+
+
+def _outputs(q: torch.Tensor, out: Optional[torch.Tensor], lse: Optional[torch.Tensor], wants_lse: bool) -> Output:
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if lse is None and wants_lse:
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    return out, lse
+
+
+def _both(output: Output) -> Tuple[torch.Tensor, torch.Tensor]:
+    return cast(Tuple[torch.Tensor, torch.Tensor], output)
 
 
 def _fill(

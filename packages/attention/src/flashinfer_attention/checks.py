@@ -9,7 +9,12 @@ from typing import Optional
 import torch
 
 from flashinfer_attention.variants import CPU_MAX_HEAD_DIM, CUDA_HEAD_DIMS
-from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedDeviceError, UnsupportedOptionError
+from flashinfer_core.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    UnsupportedDeviceError,
+    UnsupportedOptionError,
+)
 from flashinfer_core.tensors import KeyValue, check_tensor
 
 ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -74,7 +79,7 @@ def _check_dtype(problem: Problem) -> None:
     elif dtype not in (torch.float16, torch.bfloat16):
         raise UnsupportedOptionError("dtype", dtype, "float16 and bfloat16 on GPUs")
     elif dtype == torch.bfloat16 and torch.cuda.get_device_capability(problem.device) < (8, 0):
-        raise UnsupportedOptionError("dtype", dtype, "float16 on GPUs older than sm_80, which have no bfloat16 arithmetic")
+        raise UnsupportedOptionError("dtype", dtype, "float16 on GPUs older than sm_80, which lack bfloat16")
 
 
 def check_head_dim(problem: Problem) -> None:

@@ -15,6 +15,7 @@ from flashinfer_attention.options import LOG2_E, check_options, common_dtype
 from flashinfer_attention.wrapper import DataType, Output, PagedWrapper
 from flashinfer_core.tensors import PagedCache, check_tensor, key_value
 
+
 def single_decode_with_kv_cache(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -51,7 +52,8 @@ def single_decode_with_kv_cache(
     check_tensor("q", q, (None, None))
     kv = key_value(k, v, paged=False, kv_layout=kv_layout)
     # The token sees every key, with or without a causal mask.
-    return run_single(q.unsqueeze(0), kv, causal=False, sm_scale=sm_scale, lse_scale=LOG2_E).squeeze(0)
+    o, _ = run_single(q.unsqueeze(0), kv, causal=False, sm_scale=sm_scale, lse_scale=LOG2_E)
+    return o.squeeze(0)
 
 
 class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):

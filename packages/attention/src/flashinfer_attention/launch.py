@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import lru_cache
-from typing import Any, NamedTuple, Tuple, Type, cast
+from typing import Any, NamedTuple, Optional, Tuple, Type, Union, cast
 
 import torch
 
@@ -19,6 +20,7 @@ from flashinfer_attention.variants import (
 )
 from flashinfer_core.kernel import Kernel, load
 from flashinfer_core.params import structure
+from flashinfer_core.planner import useful_partial_rows
 
 PARTIAL_ALIGNMENT = 256
 
@@ -36,28 +38,38 @@ class Kernels(NamedTuple):
 
     @property
     def useful_partial_rows(self) -> int:
-        """Count the partial rows that no plan exceeds: a cut makes two pieces, and there is a cut between workers."""
-        return 2 * (self.workers - 1) * self.tile_rows
+        """Count the partial rows that no plan exceeds."""
+        return useful_partial_rows(self.tile_rows, self.workers)
 
 
 def load_kernels(problem: Problem, max_rows: int) -> Kernels:
     """Load what `choose` picks for a longest request of `max_rows` packed rows."""
     where = "cpu" if problem.is_cpu else problem.device.index
-    dtype, head_dim = problem.element, problem.head_dim
+    forced = os.environ.get("FLASHINFER_CPU_TARGET" if where == "cpu" else "FLASHINFER_CUDA_TARGET")
+    # Where `choose` turns from one tile to the next is a power of two, so few calls are told apart.
+    max_rows = 1 << max(max_rows - 1, 0).bit_length()
+    attention, merge = _load(problem.element, problem.head_dim, max_rows, where, forced)
+    variant = cast(AnyAttention, attention.variant)
+    group, kv_heads = problem.group, problem.num_kv_heads
+    if variant.packs_all_heads:
+        group, kv_heads = problem.num_qo_heads, 1
+    workers = attention.max_workers * (CPU_WORKERS_PER_THREAD if where == "cpu" else 1)
+    return Kernels(attention, merge, workers, variant.tile_rows, variant.kv_tile, group, kv_heads)
 
-    def attention_for(target: str) -> AnyVariant:
+
+@lru_cache(maxsize=None)
+def _load(
+    dtype: str, head_dim: int, max_rows: int, where: Union[str, int], forced: Optional[str]
+) -> Tuple[Kernel, Kernel]:
+    def attention_for(target: str) -> Optional[AnyVariant]:
+        if dtype == "bf16" and target.endswith("_75"):
+            return None
         return choose(target, dtype=dtype, head_dim=head_dim, max_rows=max_rows)
 
     def merge_for(target: str) -> AnyVariant:
         return choose_merge(target, dtype=dtype)
 
-    attention = load(attention_for, where)
-    variant = cast(AnyAttention, attention.variant)
-    workers = attention.max_workers * (CPU_WORKERS_PER_THREAD if problem.is_cpu else 1)
-    group, kv_heads = problem.group, problem.num_kv_heads
-    if variant.packs_all_heads:
-        group, kv_heads = problem.num_qo_heads, 1
-    return Kernels(attention, load(merge_for, where), workers, variant.tile_rows, variant.kv_tile, group, kv_heads)
+    return load(attention_for, where), load(merge_for, where)
 
 
 @lru_cache(maxsize=None)

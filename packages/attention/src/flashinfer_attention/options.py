@@ -54,9 +54,7 @@ def dtype_of(name: str, value: Union[str, torch.dtype]) -> torch.dtype:
     return dtype
 
 
-def common_dtype(
-    q_data_type: Union[str, torch.dtype], kv_data_type: Optional[Union[str, torch.dtype]]
-) -> torch.dtype:
+def common_dtype(q_data_type: Union[str, torch.dtype], kv_data_type: Optional[Union[str, torch.dtype]]) -> torch.dtype:
     """Return the dtype of q, which keys and values must share."""
     dtype = dtype_of("q_data_type", q_data_type)
     if kv_data_type is not None and dtype_of("kv_data_type", kv_data_type) != dtype:

@@ -11,14 +11,7 @@ from typing import Any, Optional, Tuple
 import torch
 
 from flashinfer_attention.checks import Problem, check_page_table, checks_pages, make_problem
-from flashinfer_attention.launch import (
-    Kernels,
-    Partial,
-    load_kernels,
-    partial_bytes,
-    place_partial,
-    structures,
-)
+from flashinfer_attention.launch import Kernels, Partial, load_kernels, partial_bytes, place_partial, structures
 from flashinfer_attention.workspace import Frozen, Workspace
 from flashinfer_core import planner
 from flashinfer_core.errors import InvalidArgumentError
@@ -104,7 +97,7 @@ def plan_attention(
     page_size: Optional[int] = None,
     causal: bool = False,
     dtype: torch.dtype,
-    device: "torch.device | str",
+    device: torch.device | str,
     workspace: Optional[Workspace] = None,
 ) -> Plan:
     """Turn lengths into equal pieces of work for the workers of `device`.
@@ -118,7 +111,10 @@ def plan_attention(
     InvalidTypeError (lengths that are not int32), UnsupportedOptionError (dtype, head_dim), WorkspaceError.
     """
     problem = make_problem(num_qo_heads, num_kv_heads, head_dim, causal, dtype, torch.device(device))
-    return plan_lengths(problem, page_size, host_lengths(q_indptr, kv_indptr, kv_len, page_size), workspace)
+    lengths = host_lengths(q_indptr, kv_indptr, kv_len, page_size)
+    if kv_len is not None:
+        _check_room(lengths, page_size or 1)
+    return plan_lengths(problem, page_size, lengths, workspace)
 
 
 def plan_lengths(
@@ -159,7 +155,6 @@ def plan_lengths(
         out=host.data_ptr(),
         out_bytes=bound,
     )
-    _check_entries(lengths, page_size)
     fixes_now = workspace.fixed and workspace.frozen is None
     work = workspace.upload(host, counts.used_bytes, bound if fixes_now else counts.used_bytes)
     if fixes_now:
@@ -207,23 +202,19 @@ def _own(lengths: torch.Tensor) -> torch.Tensor:
     return lengths.clone() if lengths.device.type == "cpu" else lengths.cpu()
 
 
-def _check_entries(lengths: Lengths, page_size: Optional[int]) -> None:
-    """Raise where a request has more keys than rows or pages; comes after the planner has seen that indptr rises."""
-    if lengths.num_requests == 0:
-        return
-    room = (lengths.kv_indptr[1:] - lengths.kv_indptr[:-1]).long() * (page_size or 1)
-    short = lengths.kv_len > room
-    if bool(short.any()):
-        request = int(short.nonzero()[0])
+def _check_room(lengths: Lengths, page_size: int) -> None:
+    """Raise where a request has more keys than rows or pages; where kv_indptr decreases the planner says so."""
+    room = (lengths.kv_indptr[1:] - lengths.kv_indptr[:-1]).long() * page_size
+    short = ((lengths.kv_len > room) & (room >= 0)).nonzero()
+    if short.numel():
+        request = int(short[0])
         raise InvalidArgumentError(
             f"request {request} has {int(lengths.kv_len[request])} keys, but kv_indptr gives it room for "
             f"{int(room[request])}"
         )
 
 
-def _attention_params(
-    problem: Problem, page_size: Optional[int], kernels: Kernels, partial: Partial, work: int
-) -> Any:
+def _attention_params(problem: Problem, page_size: Optional[int], kernels: Kernels, partial: Partial, work: int) -> Any:
     return structures()[0](
         partial_o=partial.o,
         partial_lse=partial.lse,

@@ -62,9 +62,8 @@ def single_prefill_with_kv_cache(
         backend=backend,
     )
     kv = key_value(k, v, paged=False, kv_layout=kv_layout)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
-    o = run_single(q, kv, causal=causal, sm_scale=sm_scale, lse_scale=LOG2_E, lse=lse)
-    return o if lse is None else (o, lse)
+    both = run_single(q, kv, causal=causal, sm_scale=sm_scale, lse_scale=LOG2_E, wants_lse=return_lse)
+    return cast(Output, both if return_lse else both[0])
 
 
 single_prefill_with_kv_cache_return_lse = functools.partial(single_prefill_with_kv_cache, return_lse=True)

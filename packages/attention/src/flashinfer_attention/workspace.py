@@ -14,6 +14,7 @@ import torch
 from flashinfer_attention.checks import Problem, check_head_dim, check_heads
 from flashinfer_attention.launch import Kernels, Partial, partial_bytes
 from flashinfer_attention.variants import CPU_WORKERS_PER_THREAD, SHARED_LIMITS, Attention, choose
+from flashinfer_core import planner
 from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, WorkspaceError
 
 
@@ -38,9 +39,14 @@ class Workspace:
     """
 
     def __init__(self, partial: torch.Tensor, plan: Optional[torch.Tensor] = None, *, fixed: bool = False) -> None:
-        for name, buffer in (("float_workspace_buffer", partial), ("int_workspace_buffer", plan)):
-            if buffer is not None:
-                _check_buffer(name, buffer, partial.device)
+        _check_buffer("float_workspace_buffer", partial)
+        if plan is not None:
+            _check_buffer("int_workspace_buffer", plan)
+            if plan.device != partial.device or plan.data_ptr() % 16:
+                raise InvalidArgumentError(
+                    f"int_workspace_buffer must be on {partial.device} and start at a multiple of 16 bytes, "
+                    f"got {plan.device}, address {plan.data_ptr():#x}"
+                )
         self.partial = partial.view(torch.uint8)
         self.plan = None if plan is None else plan.view(torch.uint8)
         self.grows = plan is None
@@ -50,7 +56,7 @@ class Workspace:
         self.is_captured = False
 
     def upload(self, host: torch.Tensor, used: int, needed: int) -> torch.Tensor:
-        """Copy the first `used` bytes of a plan in pinned memory to a buffer of at least `needed`; on a CPU, keep it."""
+        """Copy `used` bytes of a plan from pinned memory to a buffer of at least `needed`; on a CPU, keep it there."""
         if host.device == self.partial.device:
             return host
         buffer = self._reserve(needed)
@@ -69,7 +75,7 @@ class Workspace:
         if self.frozen is not None:
             raise WorkspaceError(
                 f"the work list needs {needed} bytes, but that of the CUDA graph has {held}",
-                remedy="plan the batch with most tokens and requests first: a graph keeps the buffers of its first plan",
+                remedy="plan the batch with most tokens and requests first: a graph keeps its first buffers",
             )
         # Doubling keeps growing batches from allocating in every step.
         self.plan = torch.empty(max(needed, 2 * held), dtype=torch.uint8, device=self.partial.device)
@@ -106,15 +112,11 @@ class Workspace:
         self.max_tokens = min(self.max_tokens, rows)
 
 
-def _check_buffer(name: str, buffer: torch.Tensor, device: torch.device) -> None:
+def _check_buffer(name: str, buffer: torch.Tensor) -> None:
     if not isinstance(buffer, torch.Tensor):
         raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(buffer).__name__}")
     if buffer.dim() != 1 or not buffer.is_contiguous():
         raise InvalidArgumentError(f"{name} must be a contiguous vector, got shape {tuple(buffer.shape)}")
-    if name == "int_workspace_buffer" and buffer.data_ptr() % 16:
-        raise InvalidArgumentError(f"{name} must start at a multiple of 16 bytes")
-    if buffer.device != device:
-        raise InvalidArgumentError(f"{name} must be on {device}, got {buffer.device}")
 
 
 def workspace_bytes(
@@ -123,7 +125,7 @@ def workspace_bytes(
     num_kv_heads: int,
     head_dim: int,
     max_q_len: int = 1,
-    device: "torch.device | str" = "cuda",
+    device: torch.device | str = "cuda",
     num_sms: Optional[int] = None,
 ) -> int:
     """Return the bytes of partial buffer beyond which no plan of these maxima splits any better.
@@ -142,10 +144,15 @@ def workspace_bytes(
         )
     problem = Problem(num_qo_heads, num_kv_heads, head_dim, False, torch.float16, where)
     check_head_dim(problem)
-    rows = max(
-        (num_sms * (variant.max_ctas if isinstance(variant, Attention) else CPU_WORKERS_PER_THREAD) - 1)
-        * variant.tile_rows
+    variants = [
+        choose(target, dtype="f16", head_dim=head_dim, max_rows=max_q_len * problem.group)
         for target in (("x86_64_v2",) if problem.is_cpu else SHARED_LIMITS)
-        for variant in (choose(target, dtype="f16", head_dim=head_dim, max_rows=max_q_len * problem.group),)
-    )
-    return partial_bytes(2 * rows, head_dim)
+    ]
+    rows = [
+        planner.useful_partial_rows(
+            variant.tile_rows,
+            num_sms * (variant.max_ctas if isinstance(variant, Attention) else CPU_WORKERS_PER_THREAD),
+        )
+        for variant in variants
+    ]
+    return partial_bytes(max(rows), head_dim)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Optional, Tuple, Union, cast
 
 import torch
 
@@ -95,11 +95,9 @@ class Wrapper:
         lse: Optional[torch.Tensor],
         return_lse: bool,
     ) -> Output:
-        if return_lse and lse is None:
-            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         plan, scale = self._planned(), self._sm_scale
-        out = run(plan, q, kv, page_table, sm_scale=scale, lse_scale=LOG2_E, out=out, lse=lse)
-        return (out, lse) if return_lse and lse is not None else out
+        both = run(plan, q, kv, page_table, sm_scale=scale, lse_scale=LOG2_E, out=out, lse=lse, wants_lse=return_lse)
+        return cast(Output, both if return_lse else both[0])
 
 
 class PagedWrapper(Wrapper):
@@ -214,9 +212,12 @@ def _kv_len(indptr: torch.Tensor, last_page_len: torch.Tensor, page_size: int) -
     pages = indptr[1:] - indptr[:-1]
     if pages.numel() == 0:
         return pages
-    wrong = ((last_page_len < 1) | (last_page_len > page_size)) & (pages > 0)
-    if bool(wrong.any()):
-        request = int(wrong.nonzero()[0])
+    low, high = torch.aminmax(last_page_len)
+    if pages.min() > 0 and low >= 1 and high <= page_size:
+        return (pages - 1) * page_size + last_page_len
+    wrong = (((last_page_len < 1) | (last_page_len > page_size)) & (pages > 0)).nonzero()
+    if wrong.numel():
+        request = int(wrong[0])
         raise InvalidArgumentError(
             f"last_page_len[{request}] must be from 1 to page_size={page_size}, got {int(last_page_len[request])}"
         )

@@ -9,7 +9,12 @@ from typing import Any, Tuple, Type
 
 import torch
 
-from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedDeviceError, UnsupportedOptionError
+from flashinfer_core.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    UnsupportedDeviceError,
+    UnsupportedOptionError,
+)
 from flashinfer_core.kernel import load
 from flashinfer_core.params import structure
 from flashinfer_core.tensors import KeyValue, PagedCache, check_int32, check_tensor, paged_key_value

@@ -1,0 +1,121 @@
+"""CUDA graphs: captured once, replayed with other lengths; captured even as a process' first call."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any, List
+
+import pytest
+import torch
+
+import flashinfer
+from batches import HUGE, Paged, poisoned
+from flashinfer_core.errors import WorkspaceError
+
+pytestmark = pytest.mark.gpu
+
+FIRST_CALL = """
+import torch
+from flashinfer import single_decode_with_kv_cache
+torch.manual_seed(0)
+q, k, v = (torch.randn(*shape, 128, dtype=torch.float16, device="cuda") for shape in [(32,), (5000, 8), (5000, 8)])
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    output = single_decode_with_kv_cache(q, k, v)
+for seed in range(2):
+    k.normal_()
+    output.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    heads = k.repeat_interleave(4, 1).double(), v.repeat_interleave(4, 1).double()
+    weights = torch.softmax(torch.einsum("hd,khd->hk", q.double(), heads[0]) / 128**0.5, -1)
+    torch.testing.assert_close(output.double(), torch.einsum("hk,khd->hd", weights, heads[1]), rtol=2e-3, atol=2e-3)
+print("replayed")
+"""
+
+
+def test_capture_is_the_first_call_of_a_process() -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "replayed"
+
+
+def buffers(*sizes: int) -> List[torch.Tensor]:
+    return [torch.full((size,), HUGE, dtype=torch.int32, device="cuda") for size in sizes]
+
+
+def capture(wrapper: Any, q: torch.Tensor, cache: torch.Tensor) -> Any:
+    out, lse = poisoned(q.shape, q.dtype, "cuda"), poisoned(q.shape[:2], torch.float32, "cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        wrapper.run(q, cache, out=out, lse=lse, return_lse=True)
+    return graph, out, lse
+
+
+# Pages of the captured cache: at least those of the largest batch.
+PAGES = 2000
+
+
+def into(cache: torch.Tensor, batch: Paged) -> None:
+    cache[: len(batch.cache)] = batch.cache
+
+
+DECODES = [[100, 1, 7], [20_000, 0, 1], [0, 0, 0], [1, 1, 1], [3000, 4000, 5000]]
+
+
+@pytest.mark.parametrize("size", [0, 100_000, 1 << 24], ids=lambda size: f"{size}-bytes")
+def test_decode_replays_with_other_lengths(size: int) -> None:
+    wrapper = flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(size, dtype=torch.uint8, device="cuda"), *buffers(4, PAGES, 3)
+    )
+    graph, q, cache, out, lse = None, None, None, None, None
+    for seed, kv_lens in enumerate(DECODES):
+        batch = Paged([1, 1, 1], kv_lens, heads=8, dim=128, seed=seed, device="cuda")
+        wrapper.plan(batch.indptr, batch.indices, batch.last_page_len, 8, 2, 128, 16, q_data_type=batch.dtype)
+        if graph is None:
+            q, cache = batch.q.clone(), poisoned((PAGES, *batch.cache.shape[1:]), batch.dtype, "cuda")
+            graph, out, lse = capture(wrapper, q, cache)
+        q.copy_(batch.q)
+        into(cache, batch)
+        out.fill_(float("nan"))
+        graph.replay()
+        batch.check(out, lse)
+
+
+def test_prefill_replays_with_other_lengths() -> None:
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+        torch.empty(1 << 24, dtype=torch.uint8, device="cuda"), "NHD", True, *buffers(3, 3, PAGES, 2)
+    )
+    graph, q, cache, out, lse = None, None, None, None, None
+    for seed, (q_lens, kv_lens) in enumerate([([150, 150], [150, 3000]), ([1, 299], [9000, 299]), ([0, 3], [0, 3])]):
+        batch = Paged(q_lens, kv_lens, heads=8, dim=128, seed=seed, device="cuda")
+        tables = (batch.q_indptr, batch.indptr, batch.indices, batch.last_page_len)
+        wrapper.plan(*tables, 8, 2, 128, 16, causal=True, q_data_type=batch.dtype)
+        rows = len(batch.q)
+        if graph is None:
+            q, cache = batch.q.clone(), poisoned((PAGES, *batch.cache.shape[1:]), batch.dtype, "cuda")
+            graph, out, lse = capture(wrapper, q, cache)
+        q[:rows] = batch.q
+        into(cache, batch)
+        out.fill_(float("nan"))
+        graph.replay()
+        batch.check(out[:rows], lse[:rows], causal=True)
+
+
+def test_a_batch_that_outgrows_what_was_captured() -> None:
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+        torch.empty(1 << 20, dtype=torch.uint8, device="cuda"), "NHD", True, *buffers(3, 3, 100, 2)
+    )
+
+    def plan(q_lens: List[int]) -> Paged:
+        batch = Paged(q_lens, [50, 60], device="cuda")
+        tables = (batch.q_indptr, batch.indptr, batch.indices, batch.last_page_len)
+        wrapper.plan(*tables, batch.heads, batch.kv_heads, batch.dim, batch.page_size)
+        return batch
+
+    plan([50, 40])
+    batch = plan([30, 40])
+    capture(wrapper, batch.q, batch.cache)
+    with pytest.raises(WorkspaceError, match=r"71 query tokens.*captured with 70"):
+        plan([31, 40])
