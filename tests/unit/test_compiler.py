@@ -8,11 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_package import CPU, GPU, edit, needs_nvrtc, write
 
 from flashinfer_core import compiler
 from flashinfer_core.device import candidates
 from flashinfer_core.errors import CompileError
+from tiny_package import CPU, GPU, edit, needs_nvrtc, write
 
 HERE = candidates("cpu")[0]
 
