@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+pytest.importorskip("transformers", reason="the demo's packages are not installed")
 EXAMPLES = Path(__file__).resolve().parent.parent / "docs/examples"
 sys.path.insert(0, str(EXAMPLES))
+
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from eager import compare, generate_eager  # noqa: E402
 from paged_llama import PagedLlama, Request, Timing  # noqa: E402
