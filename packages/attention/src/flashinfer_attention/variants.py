@@ -63,8 +63,10 @@ class Attention:
 
     @property
     def shared_bytes(self) -> int:
-        """Count the bytes of the query rows and of two stages of keys and values."""
-        return 2 * self.head_dim * (self.tile_rows + 4 * self.kv_tile)
+        """Count the bytes of two stages of K and V, of the queries, and of what warps that share rows exchange."""
+        shares_rows = self.tile_rows == 16 and self.warps > 1  # then the next item's queries are fetched ahead
+        rows = self.tile_rows * (2 if shares_rows else 1) + 4 * self.kv_tile
+        return 2 * self.head_dim * rows + (128 * self.warps if shares_rows else 0)
 
     @property
     def max_ctas(self) -> int:

@@ -18,7 +18,7 @@ struct Tile {
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kStages = 2;  // K and V tiles: one in use, one in flight
-  static constexpr int kQueryBuffers = kRows == 16 ? 2 : 1;  // small ones are fetched ahead like K and V
+  static constexpr int kQueryBuffers = kRows == 16 && kWarps > 1 ? 2 : 1;  // small ones are fetched ahead like K and V
 
   // A tile of 16 rows gives each warp a slice of the keys; larger ones give each warp a slice of the rows.
   static constexpr int kWarpsOverRows = kRows == 16 ? 1 : kWarps;
