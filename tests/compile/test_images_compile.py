@@ -19,14 +19,13 @@ from flashinfer_core.targets import target_named
 
 pytestmark = pytest.mark.compile
 
-PACKAGES = ("flashinfer_attention", "flashinfer_page")
+PACKAGES = ("flashinfer_attention", "flashinfer_lora", "flashinfer_page")
 DEFAULT = (candidates("cpu")[0], "sm_75", "sm_80", "sm_90a", "compute_75")
 CHOSEN = targets.expand((os.environ.get("FLASHINFER_TARGETS") or ",".join(DEFAULT)).split(","), platform.machine())
 
 # Bytes of dynamic and static shared memory that one CTA may use, and registers of an SM.
 SHARED_LIMIT = {(7, 5): 64 << 10, (8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 REGISTERS_OF_SM = 65536
-
 
 
 def _cases() -> list[object]:
