@@ -13,17 +13,20 @@ from time import perf_counter
 from typing import Any, Sequence
 
 import smollm  # first: it tells transformers to stay offline
+
+# isort: split
 import torch
-from display import progress_bar, streaming
-from eager import Comparison, compare, generate_eager
-from paged_llama import PagedLlama, Request, Timing
 from rich.console import Console
 from rich.table import Table
 
+from display import progress_bar, streaming
+from eager import Comparison, compare, generate_eager
+from paged_llama import PagedLlama, Request, Timing
+
 HERE = Path(__file__).resolve().parent
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Largest margin at which rounding decides between two tokens. The logits are near 20; the two paths round the same
-# sums in a different order in each of 30 layers.
+# Largest margin at which rounding decides between two tokens: a dozen times the logits' error in fp32, about that error
+# in the others. The logits are near 20, and the two paths round the same sums in a different order in 30 layers.
 TIE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 1.0}
 
 
@@ -41,7 +44,8 @@ def main() -> int:
     engine, requests = answer(console, options, model, tokenizer, tokens, titles)
     reference, timing = answer_eagerly(console, options, model, tokens, tokenizer.eos_token_id)
     comparisons = [compare(ours, theirs) for ours, theirs in zip(requests, reference)]
-    console.print("\n", correctness(tokenizer, requests, comparisons, TIE[options.dtype]))
+    console.print(correctness(requests, comparisons, TIE[options.dtype]))
+    console.print(differences(tokenizer, comparisons, TIE[options.dtype]), markup=False, soft_wrap=True)
     console.print(speed(engine.timing, timing))
     console.print(f"{perf_counter() - begin:.0f} s in total")
     return int(any(comparison.margin > TIE[options.dtype] for comparison in comparisons))
@@ -128,28 +132,31 @@ def shorten(prompt: str, width: int = 44) -> str:
     return line if len(line) <= width else line[: width - 4] + " ..."
 
 
-def correctness(tokenizer: Any, requests: Sequence[Request], comparisons: Sequence[Comparison], tie: float) -> Table:
-    """Return a row per prompt: are the tokens equal, and if not, where they part and how clearly."""
+def correctness(requests: Sequence[Request], comparisons: Sequence[Comparison], tie: float) -> Table:
+    """Return a row per prompt: are the tokens equal, and if not, where they part."""
     table = Table(title="greedy tokens against the model's eager attention")
     for name in ("prompt", "tokens in", "answered", "largest logit error", "result"):
         table.add_column(name, justify="left" if name == "result" else "right")
     for number, (request, found) in enumerate(zip(requests, comparisons), 1):
-        result = "equal"
-        if found.tokens is not None:
-            ours, theirs = (repr(tokenizer.decode([token])) for token in found.tokens)
-            verdict = "a tie" if found.margin <= tie else "DIFFERENT"
-            result = (
-                f"{verdict} at token {found.agreed}: {ours} or {theirs}; logits {pair(found.our_logits)} here, "
-                f"{pair(found.reference_logits)} eager; margin {found.margin:.2g} (a tie up to {tie})"
-            )
+        verdict = "a tie" if found.margin <= tie else "DIFFERENT"
+        result = "equal" if found.tokens is None else f"{verdict} at token {found.agreed}"
         counts = (str(number), str(len(request.prompt)), str(len(request.answer)))
         table.add_row(*counts, f"{found.logit_error:.1e}", result)
     return table
 
 
-def pair(logits: tuple[float, float]) -> str:
-    """Return two logits as text."""
-    return f"{logits[0]:.5f} / {logits[1]:.5f}"
+def differences(tokenizer: Any, comparisons: Sequence[Comparison], tie: float) -> str:
+    """Return a line for each answer that parts from the reference, with both tokens and their logits on both sides."""
+    lines = []
+    for number, found in enumerate(comparisons, 1):
+        if found.tokens is not None:
+            ours, theirs = (tokenizer.decode([token]) for token in found.tokens)
+            here, eager = ("{:.5f} and {:.5f}".format(*pair) for pair in (found.our_logits, found.reference_logits))
+            lines.append(
+                f"prompt {number}, token {found.agreed}: {ours!r} here, {theirs!r} eager; their logits: {here} here, "
+                f"{eager} eager; margin {found.margin:.2g}, a tie up to {tie}"
+            )
+    return "\n".join(lines)
 
 
 def speed(ours: Timing, eager: Timing) -> Table:

@@ -7,8 +7,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from paged_llama import Request, Timing
 from transformers import DynamicCache
+
+from paged_llama import Request, Timing
 
 
 @torch.inference_mode()
