@@ -11,6 +11,7 @@ from typing import Any, List, Optional, Tuple, cast
 import torch
 
 from flashinfer_attention.attention import run_single
+from flashinfer_attention.lengths import one_query_each
 from flashinfer_attention.options import LOG2_E, check_options, common_dtype
 from flashinfer_attention.wrapper import DataType, Output, PagedWrapper
 from flashinfer_core.tensors import PagedCache, check_tensor, key_value
@@ -88,7 +89,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             paged_kv_last_page_len_buffer,
         )
         self._use_tensor_cores = use_tensor_cores
-        self._q_indptr = torch.zeros(1, dtype=torch.int32)
+        self._queries = one_query_each(0)
 
     @property
     def use_tensor_cores(self) -> bool:
@@ -137,10 +138,10 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         dtype = common_dtype("float16" if q_data_type is None else q_data_type, kv_data_type)
         check_tensor("last_page_len", last_page_len, (None,), torch.int32)
         requests = last_page_len.shape[0]
-        if self._q_indptr.shape[0] != requests + 1:
-            self._q_indptr = torch.arange(requests + 1, dtype=torch.int32)
+        if self._queries.tokens != requests:
+            self._queries = one_query_each(requests)
         self._plan_pages(
-            self._q_indptr,
+            self._queries,
             indptr,
             indices,
             last_page_len,

@@ -12,26 +12,11 @@ import torch
 
 from flashinfer_attention.checks import Problem, check_page_table, checks_pages, make_problem
 from flashinfer_attention.launch import Kernels, Partial, load_kernels, partial_bytes, place_partial, structures
+from flashinfer_attention.lengths import Lengths, host_lengths
 from flashinfer_attention.workspace import Frozen, Workspace
 from flashinfer_core import planner
 from flashinfer_core.errors import InvalidArgumentError
-from flashinfer_core.tensors import KeyValue, check_int32, check_tensor
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """The lengths of a batch in host memory: int32 [B + 1], [B + 1], [B]. `entries` counts KV rows or table entries."""
-
-    q_indptr: torch.Tensor
-    kv_indptr: torch.Tensor
-    kv_len: torch.Tensor
-    tokens: int
-    entries: int
-    max_q_len: int
-
-    @property
-    def num_requests(self) -> int:
-        return self.kv_len.numel()
+from flashinfer_core.tensors import KeyValue, check_tensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +28,7 @@ class Plan:
     kernels: Kernels
     workspace: Workspace
     lengths: Lengths
+    checks_pages: bool
     is_empty: bool
     merges: bool
     attention_params: Any
@@ -52,7 +38,7 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Count the rows of q."""
-        return self.lengths.tokens
+        return self.lengths.queries.tokens
 
     def check_cache(self, kv: KeyValue, page_table: Optional[torch.Tensor]) -> None:
         """Raise unless the cache and its table can hold what was planned."""
@@ -71,7 +57,7 @@ class Plan:
             raise InvalidArgumentError(
                 f"page_table must have at least {self.lengths.entries} entries, got {page_table.shape[0]}"
             )
-        if checks_pages() and not _is_capturing(self.problem):
+        if self.checks_pages and not _is_capturing(self.problem):
             check_page_table(page_table, self.lengths.kv_indptr, self.lengths.kv_len, self.page_size, kv.pages)
 
     def check_rows(self, rows: int) -> None:
@@ -112,8 +98,6 @@ def plan_attention(
     """
     problem = make_problem(num_qo_heads, num_kv_heads, head_dim, causal, dtype, torch.device(device))
     lengths = host_lengths(q_indptr, kv_indptr, kv_len, page_size)
-    if kv_len is not None:
-        _check_room(lengths, page_size or 1)
     return plan_lengths(problem, page_size, lengths, workspace)
 
 
@@ -121,18 +105,19 @@ def plan_lengths(
     problem: Problem, page_size: Optional[int], lengths: Lengths, workspace: Optional[Workspace] = None
 ) -> Plan:
     """Plan lengths that are on the host already; the rest of `plan_attention`."""
+    queries = lengths.queries
     if workspace is not None and workspace.frozen is not None:
-        workspace.check_fits(problem, page_size, lengths.tokens)
+        workspace.check_fits(problem, page_size, queries.tokens)
         kernels, partial = workspace.frozen.kernels, workspace.frozen.partial
     else:
-        kernels = load_kernels(problem, lengths.max_q_len * problem.group)
+        kernels = load_kernels(problem, queries.longest * problem.group)
         if workspace is None:
             size = partial_bytes(kernels.useful_partial_rows, problem.head_dim)
             workspace = Workspace(torch.empty(size, dtype=torch.uint8, device=problem.device))
         partial = place_partial(workspace.partial, problem.head_dim, kernels.useful_partial_rows)
 
     bound = planner.plan_bytes(
-        total_q=lengths.tokens,
+        total_q=queries.tokens,
         num_requests=lengths.num_requests,
         group=kernels.group,
         kv_heads=kernels.kv_heads,
@@ -141,7 +126,7 @@ def plan_lengths(
     )
     host = torch.empty(bound, dtype=torch.uint8, pin_memory=not problem.is_cpu)
     counts = planner.plan(
-        q_indptr=lengths.q_indptr.data_ptr(),
+        q_indptr=queries.indptr.data_ptr(),
         kv_indptr=lengths.kv_indptr.data_ptr(),
         kv_len=lengths.kv_len.data_ptr(),
         num_requests=lengths.num_requests,
@@ -158,60 +143,21 @@ def plan_lengths(
     fixes_now = workspace.fixed and workspace.frozen is None
     work = workspace.upload(host, counts.used_bytes, bound if fixes_now else counts.used_bytes)
     if fixes_now:
-        workspace.freeze(Frozen(problem, page_size, kernels, partial), lengths.tokens)
+        workspace.freeze(Frozen(problem, page_size, kernels, partial), queries.tokens)
     return Plan(
         problem=problem,
         page_size=page_size,
         kernels=kernels,
         workspace=workspace,
         lengths=lengths,
+        checks_pages=checks_pages(),
         # What a captured graph does is decided on the device: another plan may bring tokens and merges.
-        is_empty=lengths.tokens == 0 and not workspace.fixed,
+        is_empty=queries.tokens == 0 and not workspace.fixed,
         merges=partial.rows > 0 if workspace.fixed else counts.num_merges > 0,
         attention_params=_attention_params(problem, page_size, kernels, partial, work.data_ptr()),
         merge_params=_merge_params(problem, kernels, partial, work.data_ptr()),
         buffers=(work, workspace.partial),
     )
-
-
-def host_lengths(
-    q_indptr: torch.Tensor, kv_indptr: torch.Tensor, kv_len: Optional[torch.Tensor], page_size: Optional[int]
-) -> Lengths:
-    """Copy lengths to host memory of our own, so that the caller may reuse theirs; raise where they do not fit."""
-    check_int32("q_indptr", q_indptr)
-    size = q_indptr.shape[0]
-    if size == 0:
-        raise InvalidArgumentError("q_indptr must have one element more than there are requests, got none")
-    check_int32("kv_indptr", kv_indptr, size)
-    queries = _own(q_indptr)
-    entries = _own(kv_indptr)
-    if kv_len is not None:
-        check_int32("kv_len", kv_len, size - 1)
-        keys = _own(kv_len)
-    elif page_size is None:
-        keys = entries[1:] - entries[:-1]
-    else:
-        raise InvalidArgumentError("kv_len is needed with pages: the last page of a request may be part full")
-    if page_size is not None and page_size < 1:
-        raise InvalidArgumentError(f"page_size must be at least 1, got {page_size}")
-    longest = int((queries[1:] - queries[:-1]).max()) if size > 1 else 0
-    return Lengths(queries, entries, keys, int(queries[-1]), int(entries[-1]), longest)
-
-
-def _own(lengths: torch.Tensor) -> torch.Tensor:
-    return lengths.clone() if lengths.device.type == "cpu" else lengths.cpu()
-
-
-def _check_room(lengths: Lengths, page_size: int) -> None:
-    """Raise where a request has more keys than rows or pages; where kv_indptr decreases the planner says so."""
-    room = (lengths.kv_indptr[1:] - lengths.kv_indptr[:-1]).long() * page_size
-    short = ((lengths.kv_len > room) & (room >= 0)).nonzero()
-    if short.numel():
-        request = int(short[0])
-        raise InvalidArgumentError(
-            f"request {request} has {int(lengths.kv_len[request])} keys, but kv_indptr gives it room for "
-            f"{int(room[request])}"
-        )
 
 
 def _attention_params(problem: Problem, page_size: Optional[int], kernels: Kernels, partial: Partial, work: int) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, List, Optional, Tuple, cast
 import torch
 
 from flashinfer_attention.attention import run_single
+from flashinfer_attention.lengths import host_queries
 from flashinfer_attention.options import LOG2_E, check_options, common_dtype
 from flashinfer_attention.ragged import BatchPrefillWithRaggedKVCacheWrapper
 from flashinfer_attention.wrapper import DataType, Output, PagedWrapper, graph_buffer
@@ -152,7 +153,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
             rope_theta=rope_theta,
         )
         self._plan_pages(
-            qo_indptr,
+            host_queries(qo_indptr),
             paged_kv_indptr,
             paged_kv_indices,
             paged_kv_last_page_len,

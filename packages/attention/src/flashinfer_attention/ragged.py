@@ -11,11 +11,12 @@ from typing import Any, List, Optional, Tuple, cast
 import torch
 
 from flashinfer_attention.checks import make_problem
+from flashinfer_attention.lengths import host_lengths
 from flashinfer_attention.options import check_arguments, check_options, common_dtype
-from flashinfer_attention.plan import host_lengths, plan_lengths
+from flashinfer_attention.plan import plan_lengths
 from flashinfer_attention.wrapper import DataType, Output, Wrapper, graph_buffer
 from flashinfer_core.errors import InvalidArgumentError
-from flashinfer_core.tensors import check_int32, key_value
+from flashinfer_core.tensors import key_value
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
@@ -90,16 +91,14 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         )
         dtype = common_dtype(q_data_type, kv_data_type)
         problem = make_problem(num_qo_heads, num_kv_heads, head_dim_qk, causal, dtype, self.device)
-        check_int32("qo_indptr", qo_indptr)
-        check_int32("kv_indptr", kv_indptr, qo_indptr.shape[0])
+        lengths = host_lengths(qo_indptr, kv_indptr, None, None)
         if self._buffers is not None and qo_indptr.shape != self._buffers[0].shape:
             raise InvalidArgumentError(
-                f"the CUDA graph is for batches of {self._buffers[0].shape[0] - 1} requests, "
-                f"got {qo_indptr.shape[0] - 1}"
+                f"the CUDA graph is for batches of {self._buffers[0].shape[0] - 1} requests, got {lengths.num_requests}"
             )
-        self._plan = plan_lengths(problem, None, host_lengths(qo_indptr, kv_indptr, None, None), self._workspace)
-        for buffer, lengths in zip(self._buffers or (), (qo_indptr, kv_indptr)):
-            buffer.copy_(lengths, non_blocking=True)
+        self._plan = plan_lengths(problem, None, lengths, self._workspace)
+        for buffer, indptr in zip(self._buffers or (), (qo_indptr, kv_indptr)):
+            buffer.copy_(indptr, non_blocking=True)
         self._sm_scale = sm_scale
 
     begin_forward = plan

@@ -9,8 +9,9 @@ import torch
 
 from flashinfer_attention.attention import run
 from flashinfer_attention.checks import make_problem
+from flashinfer_attention.lengths import Queries, paged_lengths
 from flashinfer_attention.options import LOG2_E, check_arguments, check_options
-from flashinfer_attention.plan import Plan, host_lengths, plan_lengths
+from flashinfer_attention.plan import Plan, plan_lengths
 from flashinfer_attention.workspace import Workspace
 from flashinfer_core.errors import InvalidArgumentError, WorkspaceError
 from flashinfer_core.tensors import KeyValue, PagedCache, check_int32, check_layout, paged_key_value
@@ -128,7 +129,7 @@ class PagedWrapper(Wrapper):
 
     def _plan_pages(
         self,
-        q_indptr: torch.Tensor,
+        queries: Queries,
         indptr: torch.Tensor,
         indices: torch.Tensor,
         last_page_len: torch.Tensor,
@@ -140,15 +141,9 @@ class PagedWrapper(Wrapper):
         dtype: torch.dtype,
         non_blocking: bool,
     ) -> None:
-        check_int32("indptr", indptr)
-        check_int32("indices", indices)
-        check_int32("last_page_len", last_page_len, indptr.shape[0] - 1)
-        if page_size < 1:
-            raise InvalidArgumentError(f"page_size must be at least 1, got {page_size}")
+        check_int32("paged_kv_indices", indices)
         problem = make_problem(num_qo_heads, num_kv_heads, head_dim, causal, dtype, self.device)
-        host_indptr = indptr.cpu()
-        kv_len = _kv_len(host_indptr, last_page_len.cpu(), page_size)
-        lengths = host_lengths(q_indptr, host_indptr, kv_len, page_size)
+        lengths = paged_lengths(queries, indptr, last_page_len, page_size)
         if indices.shape[0] < lengths.entries:
             raise InvalidArgumentError(f"indptr names {lengths.entries} pages, but indices has {indices.shape[0]}")
         self._check_room(lengths.num_requests, lengths.entries)
@@ -205,20 +200,3 @@ def graph_buffer(name: str, buffer: Optional[torch.Tensor], device: torch.device
     if buffer.device != device:
         raise InvalidArgumentError(f"{name} must be on {device}, got {buffer.device}")
     return buffer
-
-
-def _kv_len(indptr: torch.Tensor, last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Return the keys of each request; raise where a last page is empty or overfull. A request may have no page."""
-    pages = indptr[1:] - indptr[:-1]
-    if pages.numel() == 0:
-        return pages
-    low, high = torch.aminmax(last_page_len)
-    if pages.min() > 0 and low >= 1 and high <= page_size:
-        return (pages - 1) * page_size + last_page_len
-    wrong = (((last_page_len < 1) | (last_page_len > page_size)) & (pages > 0)).nonzero()
-    if wrong.numel():
-        request = int(wrong[0])
-        raise InvalidArgumentError(
-            f"last_page_len[{request}] must be from 1 to page_size={page_size}, got {int(last_page_len[request])}"
-        )
-    return torch.where(pages > 0, (pages - 1) * page_size + last_page_len, pages)
