@@ -11,11 +11,11 @@ import platform
 from pathlib import Path
 
 import pytest
-from tiny_package import needs_nvrtc
 
 from flashinfer_core import build, headers, targets
 from flashinfer_core.device import candidates
 from flashinfer_core.targets import target_named
+from tiny_package import needs_nvrtc
 
 pytestmark = pytest.mark.compile
 

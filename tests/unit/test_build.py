@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_package import CPU, Scale, edit, write
 
 from flashinfer_core import build
 from flashinfer_core.device import candidates
 from flashinfer_core.errors import CompileError
 from flashinfer_core.images import Image
+from tiny_package import CPU, Scale, edit, write
 
 HERE = candidates("cpu")[0]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-from tiny_package import GPU, needs_nvrtc, write
 
 from flashinfer_core import cache, images
 from flashinfer_core.images import Image
+from tiny_package import GPU, needs_nvrtc, write
 
 SAMPLE = Image("scale-3", "scale<3>", "sm_80", "entry", "5ca1e", "s", "NVRTC 13.0", (), 8, 0, 0, 0.5, bytes(5000))
 

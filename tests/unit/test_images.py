@@ -7,12 +7,12 @@ import logging
 from pathlib import Path
 
 import pytest
-from tiny_package import CPU, GPU, edit, needs_nvrtc, write
 
 from flashinfer_core import cache, compiler, images
 from flashinfer_core.device import candidates
 from flashinfer_core.errors import CorruptImageError, MissingImageError
 from flashinfer_core.images import Image
+from tiny_package import CPU, GPU, edit, needs_nvrtc, write
 
 HERE = candidates("cpu")[0]
 SAMPLE = Image(

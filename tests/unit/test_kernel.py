@@ -8,11 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from tiny_package import CPU, Scale, write
 
 from flashinfer_core import build, device, images, kernel, params
 from flashinfer_core.errors import DriverError, MissingImageError
 from flashinfer_core.images import Image
+from tiny_package import CPU, Scale, write
 
 TARGETS = device.candidates("cpu")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_package import GPU, needs_nvrtc, write
 
 from flashinfer_core import compiler, nvrtc
 from flashinfer_core.errors import CompileError, InstallationError, UnsupportedDeviceError
 from flashinfer_core.matrix import TorchBuild
+from tiny_package import GPU, needs_nvrtc, write
 
 
 def _fake(folder: Path, library: str, builtins: str = "") -> str:

@@ -28,7 +28,7 @@ def add_lora(
 ) -> torch.Tensor:
     """Add each token's low-rank update to `y` in place and return `y`.
 
-    Never synchronises with the device, and depends on no value of `indices`, so that it can be captured in a CUDA graph.
+    Never synchronises with the device, and depends on no value of `indices`, so it can be captured in a CUDA graph.
 
     Args:
         y: [tokens, out_features], fp16 or bf16 (fp32 on CPUs); any row stride.
@@ -38,9 +38,9 @@ def add_lora(
         indices: [tokens], int32: the adapter of each token; -1, or any other number that names none, adds nothing.
         scales: [adapters], fp32: multiplies each adapter's update; None means 1.
 
-    Raises InvalidArgumentError (shape, device, alignment), InvalidTypeError (dtype), UnsupportedOptionError (a dtype that
-    the device lacks). Source: LoRA, Hu et al., 2021, arXiv:2106.09685; many adapters in one batch: Punica, Chen et al.,
-    2023, arXiv:2310.18547.
+    Raises InvalidArgumentError (shape, device, alignment), InvalidTypeError (dtype), UnsupportedOptionError (a dtype
+    that the device lacks). Source: LoRA, Hu et al., 2021, arXiv:2106.09685; many adapters in one batch: Punica, Chen
+    et al., 2023, arXiv:2310.18547.
     """
     _check_add_lora(y, x, a, b, indices, scales)
     tokens, adapters = x.shape[0], a.shape[0]

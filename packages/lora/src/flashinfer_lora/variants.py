@@ -41,8 +41,7 @@ def choose(target: str, *, dtype: str) -> Lora:
 
 def shipped(target: str) -> Tuple[Lora, ...]:
     """List the variants that a wheel holds for `target`."""
-    if target_named(target).is_cpu:
-        dtypes = CPU_DTYPES
-    else:
-        dtypes = CUDA_DTYPES[:1] if target.endswith("_75") else CUDA_DTYPES  # sm_75 has no bf16
+    dtypes: Tuple[str, ...] = CPU_DTYPES if target_named(target).is_cpu else CUDA_DTYPES
+    if target.endswith("_75"):
+        dtypes = ("f16",)  # sm_75 has no bf16
     return tuple(choose(target, dtype=dtype) for dtype in dtypes)

@@ -80,13 +80,14 @@ __device__ void store_row(const MergeParams& p, const MergeItem& item, int32_t r
   for (int i = 0; i < kMaxHeadDim / 128; ++i) {
     const int column = i * 128 + lane * 4;
     if (column >= p.head_dim) break;
-    const uint32_t pairs[2] = {pack<T>(sum.columns[i].x, sum.columns[i].y), pack<T>(sum.columns[i].z, sum.columns[i].w)};
+    const uint32_t pairs[2] = {pack<T>(sum.columns[i].x, sum.columns[i].y),
+                               pack<T>(sum.columns[i].z, sum.columns[i].w)};
     for (int j = 0; j < 4; ++j) o[column + j] = static_cast<uint16_t>(pairs[j / 2] >> (16 * (j % 2)));
   }
 }
 
-// Grid: one CTA a worker, any number; 128 threads. A warp takes a row of a large tile. A small tile means decoding, whose
-// few rows have many pieces: there the warps of a CTA share a row.
+// Grid: one CTA a worker, any number; 128 threads. A warp takes a row of a large tile. A small tile means decoding,
+// whose few rows have many pieces: there the warps of a CTA share a row.
 template <typename T>
 __global__ void __launch_bounds__(32 * kMergeWarps) merge(const __grid_constant__ MergeParams p) {
   __shared__ float4 exchange[kMergeWarps][32];
@@ -98,9 +99,8 @@ __global__ void __launch_bounds__(32 * kMergeWarps) merge(const __grid_constant_
   for (int64_t unit = warp / sharing * static_cast<int64_t>(gridDim.x) + blockIdx.x; unit < units; unit += step) {
     const int32_t index = static_cast<int32_t>(unit / p.tile_rows);
     const int32_t row = static_cast<int32_t>(unit % p.tile_rows);
-    const MergeItem item = p.merges != nullptr
-                               ? p.merges[index]
-                               : uniform_merge(p.uniform, p.group, p.kv_heads, p.tile_rows, index);
+    const MergeItem item =
+        p.merges != nullptr ? p.merges[index] : uniform_merge(p.uniform, p.group, p.kv_heads, p.tile_rows, index);
     if (row >= item.rows) continue;  // the same for all warps that share the row
     const int64_t first = static_cast<int64_t>(item.partial) + row;
     const float* lse = p.partial_lse + first;

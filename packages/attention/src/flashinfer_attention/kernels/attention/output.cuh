@@ -1,4 +1,5 @@
-// Leave an item's result: to o and lse where the item is whole, to the partial buffers where it is one of several pieces.
+// Leave an item's result: to o and lse where the item is whole, to the partial buffers where it is one of several
+// pieces.
 #pragma once
 
 #include "attention/softmax.cuh"
@@ -64,7 +65,8 @@ __device__ void combine_and_store(const AttentionParams& p, const QueryRows& que
   float* const states = tile.states();
   // Blocks of eight columns are swizzled by row, so that four rows of one block fall into different banks.
   const auto value = [&](int row, int block) {
-    return reinterpret_cast<float2*>(tile.values(stage) + row * Tile::kHeadDim + (block ^ (row & 7)) * 8 + lane % 4 * 2);
+    return reinterpret_cast<float2*>(tile.values(stage) + row * Tile::kHeadDim + (block ^ (row & 7)) * 8 +
+                                     lane % 4 * 2);
   };
   __syncthreads();  // all warps are done with the stage
 #pragma unroll

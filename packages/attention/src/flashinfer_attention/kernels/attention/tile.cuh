@@ -1,7 +1,7 @@
 // The shape of one CTA's tile and where its parts lie in shared memory.
 //
-// Rows of shared memory are swizzled: 16-byte chunk c of row r lies at chunk c ^ (r % 8), so that eight rows of one chunk
-// fall into different banks.
+// Rows of shared memory are swizzled: 16-byte chunk c of row r lies at chunk c ^ (r % 8), so that eight rows of one
+// chunk fall into different banks.
 #pragma once
 
 #include "attention/params.h"
@@ -17,7 +17,7 @@ struct Tile {
   static constexpr int kKeys = kKeys_;  // keys of one step
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kStages = 2;  // K and V tiles: one in use, one in flight
+  static constexpr int kStages = 2;                                        // K and V tiles: one in use, one in flight
   static constexpr int kQueryBuffers = kRows == 16 && kWarps > 1 ? 2 : 1;  // small ones are fetched ahead like K and V
 
   // A tile of 16 rows gives each warp a slice of the keys; larger ones give each warp a slice of the rows.
@@ -77,7 +77,9 @@ struct SharedTile {
 
   // Where warps that saw different keys exchange their sums of values: a stage that is not in use.
   __device__ float* values(int stage) const { return reinterpret_cast<float*>(k(stage).data); }
-  __device__ float* states() const { return reinterpret_cast<float*>(rows(kQueryRows + 2 * Tile::kStages * Tile::kKeys)); }
+  __device__ float* states() const {
+    return reinterpret_cast<float*>(rows(kQueryRows + 2 * Tile::kStages * Tile::kKeys));
+  }
 
  private:
   static constexpr int kQueryRows = Tile::kQueryBuffers * Tile::kRows;

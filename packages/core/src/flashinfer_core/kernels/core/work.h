@@ -23,7 +23,7 @@ struct WorkItem {
 static_assert(sizeof(WorkItem) == 48, "host and device disagree on WorkItem");
 
 struct MergeItem {
-  int32_t q_start;    // as in WorkItem
+  int32_t q_start;  // as in WorkItem
   int32_t q_len;
   int32_t kv_head;
   int32_t row_begin;  // first packed row of the tile

@@ -8,14 +8,14 @@ namespace flashinfer {
 namespace page {
 
 struct AppendParams {
-  const void* key;                // [tokens, kv_heads, head_dim]
-  const void* value;              // as key
-  void* key_cache;                // [pages, page_size, kv_heads, head_dim]
-  void* value_cache;              // as key_cache
-  const int32_t* batch_indices;   // [tokens]: request of each token
-  const int32_t* positions;       // [tokens]: position of each token in its request; negative skips the token
-  const int32_t* page_table;      // page numbers of all requests
-  const int32_t* page_indptr;     // [requests + 1], into page_table
+  const void* key;               // [tokens, kv_heads, head_dim]
+  const void* value;             // as key
+  void* key_cache;               // [pages, page_size, kv_heads, head_dim]
+  void* value_cache;             // as key_cache
+  const int32_t* batch_indices;  // [tokens]: request of each token
+  const int32_t* positions;      // [tokens]: position of each token in its request; negative skips the token
+  const int32_t* page_table;     // page numbers of all requests
+  const int32_t* page_indptr;    // [requests + 1], into page_table
   int64_t num_tokens;
   int64_t key_stride_token;
   int64_t key_stride_head;
@@ -25,7 +25,7 @@ struct AppendParams {
   int64_t cache_stride_token;
   int64_t cache_stride_head;
   int32_t kv_heads;
-  int32_t row_bytes;              // bytes of one head's row
+  int32_t row_bytes;  // bytes of one head's row
   int32_t page_size;
   int32_t pad;
 };
