@@ -11,6 +11,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(mktemp -d)
 python=$work/venv/bin/python
+pytest=("$python" -m pytest -p no:cacheprovider -q)
 out=${OUT:-$work/out}
 mkdir -p "$out"
 read -ra extra <<<"${PYTEST_ARGS:-}"
@@ -38,19 +39,17 @@ part() {
   table+=("$(printf '%-18s rc %-3d %5d s  %s' "$name" "$status" "$((SECONDS - began))" "$(tail -n 1 "$out/$name.log")")")
 }
 
-gpu_tests() { "$python" -m pytest -p no:cacheprovider -q "$@" "${extra[@]}"; }
-
 # Native code, then the code paths of older architectures: their PTX runs on the same GPU.
 tests() {
-  part tests-native gpu_tests -m gpu
-  FLASHINFER_CUDA_TARGET=compute_80 part tests-compute_80 gpu_tests -m gpu
-  FLASHINFER_CUDA_TARGET=compute_75 part tests-compute_75 gpu_tests -m gpu
+  part tests-native "${pytest[@]}" -m gpu "${extra[@]}"
+  FLASHINFER_CUDA_TARGET=compute_80 part tests-compute_80 "${pytest[@]}" -m gpu "${extra[@]}"
+  FLASHINFER_CUDA_TARGET=compute_75 part tests-compute_75 "${pytest[@]}" -m gpu "${extra[@]}"
 }
 
 # Without torch's caching allocator every tensor is an allocation of its own, so a read past one is seen.
 sanitize() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitize \
-    compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -p no:cacheprovider -q -m "gpu and sanitizer"
+    compute-sanitizer --tool memcheck --error-exitcode 9 "${pytest[@]}" -m "gpu and sanitizer"
 }
 
 bench() { part bench "$python" -m benchmarks; }
@@ -70,8 +69,11 @@ demo() {
 install
 for asked in "${@:-tests}"; do
   case $asked in
-  tests | sanitize | bench | demo) "$asked" ;;
-  *) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
+  tests) tests ;;
+  sanitize) sanitize ;;
+  bench) bench ;;
+  demo) demo ;;
+  *) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
   esac
 done
 printf '%s\n' "${table[@]}" | tee "$out/summary.log"
