@@ -93,7 +93,7 @@ def test_nothing_is_written_behind_the_workspace(device: str) -> None:
     batch = Paged([1], [20_000], device=device)
     buffer = torch.zeros(200_000, dtype=torch.uint8, device=device)
     planned = plan(batch, workspace=Workspace(buffer[:100_000]))
-    assert planned.merges
+    assert planned.merge_workers
     run(batch, planned)
     assert buffer[:100_000].any()
     assert not buffer[100_000:].any()

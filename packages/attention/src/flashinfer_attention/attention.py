@@ -79,10 +79,10 @@ def run(
     params.page_table = 0 if page_table is None else page_table.data_ptr()
     _fill(params, q, kv, out, lse, sm_scale, lse_scale)
     plan.kernels.attention.launch(params, workers=plan.kernels.workers, stream=stream)
-    if plan.merges:
+    if plan.merge_workers:
         params = copied(plan.merge_params)
         _fill_output(params, out, lse, lse_scale)
-        plan.kernels.merge.launch(params, workers=plan.kernels.merge.max_workers, stream=stream)
+        plan.kernels.merge.launch(params, workers=plan.merge_workers, stream=stream)
     return out, lse
 
 
@@ -167,7 +167,7 @@ def run_single(
             head_dim=head_dim,
         )
         _fill_output(merge, out, lse, lse_scale)
-        kernels.merge.launch(merge, workers=kernels.merge.max_workers, stream=stream)
+        kernels.merge.launch(merge, workers=kernels.merge_workers(kernels.kv_heads * work.tiles), stream=stream)
     return out, lse
 
 

@@ -36,6 +36,10 @@ class Kernels(NamedTuple):
     group: int  # rows of a tile come from this many heads of a query,
     kv_heads: int  # and this many such tiles make up all heads
 
+    def merge_workers(self, merges: int) -> int:
+        """Return the workers that merge so many tiles, none where there is none: a CTA takes four rows at a time."""
+        return min(self.merge.max_workers, -(-merges * self.tile_rows // 4))
+
     @property
     def useful_partial_rows(self) -> int:
         """Count the partial rows that no plan exceeds."""

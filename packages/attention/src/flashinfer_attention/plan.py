@@ -30,7 +30,7 @@ class Plan:
     lengths: Lengths
     checks_pages: bool
     is_empty: bool
-    merges: bool
+    merge_workers: int  # 0: there is nothing to merge
     attention_params: Any
     merge_params: Any
     buffers: Tuple[torch.Tensor, ...]  # keeps alive what the params point to
@@ -144,6 +144,9 @@ def plan_lengths(
     work = workspace.upload(host, counts.used_bytes, bound if fixes_now else counts.used_bytes)
     if fixes_now:
         workspace.freeze(Frozen(problem, page_size, kernels, partial), queries.tokens)
+    merges = counts.num_merges
+    if workspace.fixed:
+        merges = kernels.workers - 1 if partial.rows > 0 else 0
     return Plan(
         problem=problem,
         page_size=page_size,
@@ -151,9 +154,10 @@ def plan_lengths(
         workspace=workspace,
         lengths=lengths,
         checks_pages=checks_pages(),
-        # What a captured graph does is decided on the device: another plan may bring tokens and merges.
+        # What a captured graph does is decided on the device: another plan may bring tokens, and as many merges as
+        # there are cuts between workers.
         is_empty=queries.tokens == 0 and not workspace.fixed,
-        merges=partial.rows > 0 if workspace.fixed else counts.num_merges > 0,
+        merge_workers=kernels.merge_workers(merges),
         attention_params=_attention_params(problem, page_size, kernels, partial, work.data_ptr()),
         merge_params=_merge_params(problem, kernels, partial, work.data_ptr()),
         buffers=(work, workspace.partial),
