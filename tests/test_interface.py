@@ -1,0 +1,127 @@
+"""The compatible interface: names, argument order and defaults, as FlashInfer 0.2.5 has them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import pytest
+
+import flashinfer
+import flashinfer.decode
+import flashinfer.page
+import flashinfer.prefill
+
+SCALARS = "sm_scale=None, rope_scale=None, rope_theta=None"
+MASKS = "custom_mask=None, packed_custom_mask=None, causal=False"
+OLD = f"window_left=-1, logits_soft_cap=None, {SCALARS}"
+RUN = "out=None, lse=None, return_lse=False"
+SIGNATURES = {
+    "single_decode_with_kv_cache": (
+        "q, k, v, kv_layout='NHD', pos_encoding_mode='NONE', use_tensor_cores=False, "
+        f"q_scale=None, k_scale=None, v_scale=None, window_left=-1, logits_soft_cap=None, {SCALARS}"
+    ),
+    "single_prefill_with_kv_cache": (
+        f"q, k, v, {MASKS}, kv_layout='NHD', pos_encoding_mode='NONE', use_fp16_qk_reduction=False, sm_scale=None, "
+        "window_left=-1, logits_soft_cap=None, rope_scale=None, rope_theta=None, return_lse=False, backend='auto'"
+    ),
+    "BatchDecodeWithPagedKVCacheWrapper": (
+        "float_workspace_buffer, kv_layout='NHD', use_cuda_graph=False, use_tensor_cores=False, "
+        "paged_kv_indptr_buffer=None, paged_kv_indices_buffer=None, paged_kv_last_page_len_buffer=None, jit_args=None"
+    ),
+    "BatchDecodeWithPagedKVCacheWrapper.plan": (
+        "self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, "
+        "pos_encoding_mode='NONE', window_left=-1, logits_soft_cap=None, q_data_type='float16', kv_data_type=None, "
+        f"data_type=None, {SCALARS}, non_blocking=True"
+    ),
+    "BatchDecodeWithPagedKVCacheWrapper.run": (
+        f"self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, {RUN}"
+    ),
+    "BatchDecodeWithPagedKVCacheWrapper.forward": (
+        f"self, q, paged_kv_cache, pos_encoding_mode='NONE', q_scale=None, k_scale=None, v_scale=None, {OLD}"
+    ),
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": (
+        "workspace_buffer, indptr_buffer, indices_buffer, last_page_len_buffer, kv_layout='NHD', use_tensor_cores=False"
+    ),
+    "BatchPrefillWithPagedKVCacheWrapper": (
+        "float_workspace_buffer, kv_layout='NHD', use_cuda_graph=False, qo_indptr_buf=None, paged_kv_indptr_buf=None, "
+        "paged_kv_indices_buf=None, paged_kv_last_page_len_buf=None, custom_mask_buf=None, mask_indptr_buf=None, "
+        "backend='auto', jit_args=None"
+    ),
+    "BatchPrefillWithPagedKVCacheWrapper.plan": (
+        "self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads, "
+        f"head_dim_qk, page_size, head_dim_vo=None, {MASKS}, pos_encoding_mode='NONE', use_fp16_qk_reduction=False, "
+        "sm_scale=None, window_left=-1, logits_soft_cap=None, rope_scale=None, rope_theta=None, "
+        "q_data_type='float16', kv_data_type=None, non_blocking=True"
+    ),
+    "BatchPrefillWithPagedKVCacheWrapper.run": (f"self, q, paged_kv_cache, *args, k_scale=None, v_scale=None, {RUN}"),
+    "BatchPrefillWithPagedKVCacheWrapper.forward": (
+        "self, q, paged_kv_cache, causal=False, pos_encoding_mode='NONE', use_fp16_qk_reduction=False, "
+        f"k_scale=None, v_scale=None, {OLD}"
+    ),
+    "BatchPrefillWithRaggedKVCacheWrapper": (
+        "float_workspace_buffer, kv_layout='NHD', use_cuda_graph=False, qo_indptr_buf=None, kv_indptr_buf=None, "
+        "custom_mask_buf=None, mask_indptr_buf=None, backend='auto', jit_args=None"
+    ),
+    "BatchPrefillWithRaggedKVCacheWrapper.plan": (
+        f"self, qo_indptr, kv_indptr, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo=None, {MASKS}, "
+        f"pos_encoding_mode='NONE', use_fp16_qk_reduction=False, {OLD}, q_data_type='float16', kv_data_type=None"
+    ),
+    "BatchPrefillWithRaggedKVCacheWrapper.run": f"self, q, k, v, *args, {RUN}",
+    "BatchPrefillWithRaggedKVCacheWrapper.forward": (
+        f"self, q, k, v, causal=False, pos_encoding_mode='NONE', use_fp16_qk_reduction=False, {OLD}"
+    ),
+    "append_paged_kv_cache": (
+        "append_key, append_value, batch_indices, positions, paged_kv_cache, kv_indices, kv_indptr, kv_last_page_len, "
+        "kv_layout='NHD'"
+    ),
+    "get_seq_lens": "kv_indptr, kv_last_page_len, page_size",
+    "get_batch_indices_positions": "append_indptr, seq_lens, nnz",
+}
+WRAPPERS = [name for name in SIGNATURES if name.endswith("Wrapper")]
+
+
+def named(name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), flashinfer)
+
+
+def spelled(function: Any) -> str:
+    parameters = inspect.signature(function).parameters.values()
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+    return ", ".join(str(p) if p.default is p.empty else f"{p.name}={p.default!r}" for p in bare)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name: str) -> None:
+    assert spelled(named(name)) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_aliases(name: str) -> None:
+    wrapper = named(name)
+    assert wrapper.begin_forward is wrapper.plan
+    assert inspect.getattr_static(wrapper, "run_return_lse").keywords == {"return_lse": True}
+    assert spelled(wrapper.forward_return_lse) == spelled(wrapper.forward)
+    assert spelled(wrapper.reset_workspace_buffer) == "self, float_workspace_buffer, int_workspace_buffer"
+    assert spelled(wrapper.end_forward) == "self"
+
+
+def test_the_partial_that_returns_lse() -> None:
+    partial = flashinfer.single_prefill_with_kv_cache_return_lse
+    assert partial.func is flashinfer.single_prefill_with_kv_cache
+    assert partial.keywords == {"return_lse": True}
+
+
+@pytest.mark.parametrize("module", ["decode", "prefill", "page"])
+def test_submodules_hold_what_the_top_level_does(module: str) -> None:
+    names = named(module).__all__
+    assert names
+    for name in names:
+        assert getattr(named(module), name) is getattr(flashinfer, name)
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in flashinfer.__all__:
+        if not name.startswith("__") and not isinstance(named(name), functools.partial):
+            assert inspect.getdoc(named(name)), name
