@@ -180,6 +180,14 @@ class DecodeTile {
     }
   }
 
+  // The last vector may hold scores of more keys than there are.
+  static void hide_padding(float* s, int32_t count) {
+    const int32_t whole = count / simd::kLanes * simd::kLanes;
+    if (whole == count) return;
+    const Floats last = simd::load(s + whole);
+    simd::store(s + whole, simd::lane_numbers() < count - whole ? last : simd::splat(-kInfinity));
+  }
+
   // P = exp2(S - m'); what was summed before is rescaled by exp2(m - m').
   template <int32_t kWidth>
   void softmax(const KeyStep& step, int32_t block) {
@@ -187,11 +195,8 @@ class DecodeTile {
     const int32_t count = visible(step, blocks_[block]) * kWidth;
     const Floats before = simd::load(maximum_ + block * simd::kLanes);
     Floats m = before;
-    for (int32_t i = 0; i < count; i += simd::kLanes) {
-      const Floats score = simd::lane_numbers() < count - i ? simd::load(s + i) : simd::splat(-kInfinity);
-      simd::store(s + i, score);
-      m = simd::maximum(m, score);
-    }
+    hide_padding(s, count);
+    for (int32_t i = 0; i < count; i += simd::kLanes) m = simd::maximum(m, simd::load(s + i));
     m = simd::maximum_over<kWidth>(m);
     const Floats base = m == -kInfinity ? Floats{} : m;  // a row that has seen nothing: exp2(-inf - 0) = 0
     const Floats rescale = simd::exp2(before - base);

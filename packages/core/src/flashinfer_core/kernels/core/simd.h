@@ -44,7 +44,7 @@ inline Floats held(Floats x) {
 #if defined(__aarch64__)
   asm("" : "+w"(x));
 #else
-  asm("" : "+x"(x));
+  asm("" : "+v"(x));
 #endif
   return x;
 }
