@@ -29,7 +29,8 @@ COMPILE_FLAGS = (
     OWN_REGISTRY,
 )
 # The C++ runtime goes inside, with its symbols hidden: the extension runs wherever its C library does.
-LINK_FLAGS = ("-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,-s", "-pthread", "-ldl")
+LINK_FLAGS = ("-shared", "-static-libstdc++", "-static-libgcc", "-Wl,-s", "-pthread", "-ldl")
+HIDE_ARCHIVES = ("-Wl,--exclude-libs,ALL",)
 
 
 def default_includes() -> list[str]:
@@ -95,7 +96,9 @@ def build(
         objects = list(threads.map(lambda source: _compile(source, folder, compiler, includes), sources))
 
     library = folder / ("_host" + suffix)
-    command = [*compiler, *map(str, objects), *LINK_FLAGS, "-o", str(library)]
+    # Zig's linker knows no --exclude-libs; the C++ runtime that it brings is hidden as it is.
+    hidden = () if any("zig" in word for word in compiler) else HIDE_ARCHIVES
+    command = [*compiler, *map(str, objects), *LINK_FLAGS, *hidden, "-o", str(library)]
     if not _is_fresh(library, command, objects):
         _run(library, command)
     return _install(library, Path(out_dir))
