@@ -1,7 +1,11 @@
 #include "executor.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -9,6 +13,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <vector>
 
 namespace flashinfer::host {
 namespace {
@@ -55,7 +60,8 @@ class Pool {
     {
       std::unique_lock<std::mutex> lock(mutex_);
       grow(job.wanted);
-      job.wanted = std::min(job.wanted, threads_);
+      keep_away_from(sched_getcpu());
+      job.wanted = std::min(job.wanted, static_cast<int32_t>(threads_.size()));
       if (job.wanted > 0) jobs_.push_back(&job);
       wanted = job.wanted;
     }
@@ -66,7 +72,7 @@ class Pool {
 
   int32_t threads() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return threads_;
+    return static_cast<int32_t>(threads_.size());
   }
 
  private:
@@ -77,7 +83,7 @@ class Pool {
 
   // With the mutex held. Where the system refuses another thread, those that exist do the work.
   void grow(int32_t wanted) {
-    if (threads_ >= wanted) return;
+    if (static_cast<int32_t>(threads_.size()) >= wanted) return;
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, kStackBytes);
@@ -85,14 +91,44 @@ class Pool {
     sigset_t all, before;  // signals belong to the interpreter's own threads
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (pthread_t thread; threads_ < wanted; ++threads_) {
+    for (pthread_t thread; static_cast<int32_t>(threads_.size()) < wanted; threads_.push_back(thread)) {
       if (pthread_create(&thread, &attributes, &Pool::main, this) != 0) break;
     }
+    caller_cpu_ = -1;
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     pthread_attr_destroy(&attributes);
   }
 
+  // A thread pool that shares the process may spin between its own calls, as OpenMP's does for milliseconds. From Linux
+  // 6.12 a thread that asks for short slices runs before one that does not; older kernels ignore the wish.
+  static void ask_for_short_slices() {
+    struct {
+      uint32_t size, policy;
+      uint64_t flags;
+      int32_t nice;
+      uint32_t priority;
+      uint64_t runtime, deadline, period;
+    } attributes = {};
+    if (sched_getscheduler(0) != SCHED_OTHER) return;
+    attributes.size = sizeof(attributes);
+    attributes.nice = getpriority(PRIO_PROCESS, 0);
+    attributes.runtime = 100'000;  // nanoseconds, the least that is granted
+    syscall(SYS_sched_setattr, 0, &attributes, 0);
+  }
+
+  // With the mutex held. A thread is woken where it ran last or beside its waker, which is busy with the job itself; it
+  // would wait there until the system balances its load, milliseconds later. So helpers are barred from that CPU.
+  void keep_away_from(int caller_cpu) {
+    if (caller_cpu == caller_cpu_ || caller_cpu < 0) return;
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
+    CPU_CLR(caller_cpu, &allowed);
+    for (const pthread_t thread : threads_) pthread_setaffinity_np(thread, sizeof(allowed), &allowed);
+    caller_cpu_ = caller_cpu;
+  }
+
   static void* main(void* self) {
+    ask_for_short_slices();
     static_cast<Pool*>(self)->serve();
     return nullptr;
   }
@@ -127,7 +163,8 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable work_;
   std::deque<Job*> jobs_;
-  int32_t threads_ = 0;
+  std::vector<pthread_t> threads_;
+  int caller_cpu_ = -1;  // where helpers may not run
 };
 
 // A child of fork has none of its parent's threads, and may have been born while the mutex was held: it forgets the
