@@ -27,6 +27,8 @@ struct VisitParams {
 template <int kAdd>
 void visit(const VisitParams& p, int32_t worker, int32_t num_workers) {
   if (worker < 0 || worker >= num_workers) return;
+  volatile char tile[500 << 10];  // kernels keep their tiles on the stack
+  tile[0] = tile[sizeof(tile) - 1] = 1;
   __atomic_fetch_add(p.visits + worker, kAdd, __ATOMIC_RELAXED);
   p.threads[worker] = static_cast<int32_t>(syscall(SYS_gettid));
   if (p.naps[worker] > 0) usleep(static_cast<unsigned>(p.naps[worker]));
@@ -94,6 +96,21 @@ def test_the_caller_works_and_others_join_it(visit: _host.CpuFunction) -> None:
     used = set(call.threads.tolist())
     assert threading.get_native_id() in used
     assert len(used) == 4
+
+
+def test_a_caller_with_a_small_stack_leaves_all_work_to_others(visit: _host.CpuFunction) -> None:
+    calls = []
+    before = threading.stack_size(128 << 10)
+    try:
+        thread = threading.Thread(target=lambda: calls.extend(Visit(7).launch(visit, n) for n in (1, 2, 4)))
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    assert len(calls) == 3
+    for call in calls:
+        assert (call.visits == 1).all()
+        assert thread.native_id not in call.threads
 
 
 def test_a_long_worker_leaves_the_others_to_other_threads(visit: _host.CpuFunction) -> None:

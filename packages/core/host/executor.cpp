@@ -13,12 +13,12 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
-#include <vector>
 
 namespace flashinfer::host {
 namespace {
 
-constexpr size_t kStackBytes = size_t(4) << 20;  // kernels may keep 256 KB there, whatever `ulimit -s` says
+constexpr size_t kStackBytes = size_t(4) << 20;  // kernels keep their tiles there, whatever `ulimit -s` says
+constexpr size_t kLeastStackBytes = size_t(1) << 20;
 constexpr int32_t kMaxThreads = 1024;
 constexpr int32_t kWakesPerThread = 2;  // each woken thread wakes two more: a tree, not a queue at the caller
 constexpr auto kTail = std::chrono::microseconds(20);
@@ -45,6 +45,18 @@ struct Job {
   bool exhausted() const { return next.load(std::memory_order_relaxed) >= workers; }
 };
 
+// Whether kernels may run on the calling thread's stack: `threading.stack_size` can make it as small as 32 KB.
+bool has_room() {
+  pthread_attr_t attributes;
+  if (pthread_getattr_np(pthread_self(), &attributes) != 0) return true;
+  void* lowest = nullptr;
+  size_t size = 0;
+  pthread_attr_getstack(&attributes, &lowest, &size);
+  pthread_attr_destroy(&attributes);
+  const char here = 0;
+  return &here - static_cast<const char*>(lowest) >= static_cast<ptrdiff_t>(kLeastStackBytes);
+}
+
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -55,24 +67,28 @@ inline void relax() {
 
 class Pool {
  public:
-  void run(Job& job) {
+  // The caller takes part, unless its stack is too small and there are helpers to do all.
+  void run(Job& job, bool caller_works) {
     int32_t wanted;
     {
       std::unique_lock<std::mutex> lock(mutex_);
       grow(job.wanted);
-      keep_away_from(sched_getcpu());
-      job.wanted = std::min(job.wanted, static_cast<int32_t>(threads_.size()));
+      job.wanted = std::min(job.wanted, threads_);
       if (job.wanted > 0) jobs_.push_back(&job);
       wanted = job.wanted;
     }
     wake(wanted);
-    job.drain();
-    leave(job);
+    if (caller_works || wanted == 0) {
+      job.drain();
+      leave(job);
+    } else {
+      await(job);
+    }
   }
 
   int32_t threads() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return static_cast<int32_t>(threads_.size());
+    return threads_;
   }
 
  private:
@@ -83,7 +99,7 @@ class Pool {
 
   // With the mutex held. Where the system refuses another thread, those that exist do the work.
   void grow(int32_t wanted) {
-    if (static_cast<int32_t>(threads_.size()) >= wanted) return;
+    if (threads_ >= wanted) return;
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, kStackBytes);
@@ -91,10 +107,9 @@ class Pool {
     sigset_t all, before;  // signals belong to the interpreter's own threads
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (pthread_t thread; static_cast<int32_t>(threads_.size()) < wanted; threads_.push_back(thread)) {
+    for (pthread_t thread; threads_ < wanted; ++threads_) {
       if (pthread_create(&thread, &attributes, &Pool::main, this) != 0) break;
     }
-    caller_cpu_ = -1;
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     pthread_attr_destroy(&attributes);
   }
@@ -114,17 +129,6 @@ class Pool {
     attributes.nice = getpriority(PRIO_PROCESS, 0);
     attributes.runtime = 100'000;  // nanoseconds, the least that is granted
     syscall(SYS_sched_setattr, 0, &attributes, 0);
-  }
-
-  // With the mutex held. A thread is woken where it ran last or beside its waker, which is busy with the job itself; it
-  // would wait there until the system balances its load, milliseconds later. So helpers are barred from that CPU.
-  void keep_away_from(int caller_cpu) {
-    if (caller_cpu == caller_cpu_ || caller_cpu < 0) return;
-    cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
-    CPU_CLR(caller_cpu, &allowed);
-    for (const pthread_t thread : threads_) pthread_setaffinity_np(thread, sizeof(allowed), &allowed);
-    caller_cpu_ = caller_cpu;
   }
 
   static void* main(void* self) {
@@ -151,6 +155,13 @@ class Pool {
     }
   }
 
+  // Waits until helpers have done all of the job.
+  void await(Job& job) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    job.done.wait(lock, [&job] { return job.exhausted() && job.active.load(std::memory_order_acquire) == 0; });
+    jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
+  }
+
   // Closes the job to helpers and waits for those inside: briefly awake, for they end about now, then parked.
   void leave(Job& job) {
     const auto deadline = std::chrono::steady_clock::now() + kTail;
@@ -163,8 +174,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable work_;
   std::deque<Job*> jobs_;
-  std::vector<pthread_t> threads_;
-  int caller_cpu_ = -1;  // where helpers may not run
+  int32_t threads_ = 0;
 };
 
 // A child of fork has none of its parent's threads, and may have been born while the mutex was held: it forgets the
@@ -187,10 +197,11 @@ Pool& pool() {
 }  // namespace
 
 void execute(CpuEntryPoint entry, const void* params, int32_t workers, int32_t threads) {
-  const int32_t helpers = std::min({threads, workers, kMaxThreads}) - 1;
+  thread_local const bool roomy = has_room();
+  const int32_t helpers = std::min({threads, workers, kMaxThreads}) - (roomy ? 1 : 0);
   Job job(entry, params, workers, helpers);
   if (helpers > 0) {
-    pool().run(job);
+    pool().run(job, roomy);
   } else {
     job.drain();
   }

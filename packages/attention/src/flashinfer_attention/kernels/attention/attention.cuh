@@ -98,7 +98,8 @@ __device__ void attend(const AttentionParams& p, const WorkItem& item, Pipeline<
   const float scale = p.sm_scale * kLog2e;
   const int32_t smallest_limit = queries.key_limit(0, p.causal);
 
-  if (Tile::kQueryBuffers == 1) {
+  // Copies are waited for with the first tile; of an item without one they would race with those of the next.
+  if (Tile::kQueryBuffers == 1 && item.kv_begin < item.kv_end) {
     __syncthreads();  // all are done with the queries of the item before
     load_queries<Tile>(p, queries, tile.q(0));
     commit_copies();

@@ -24,7 +24,9 @@ __global__ void __launch_bounds__(128) append(const __grid_constant__ AppendPara
     if (position < 0) continue;  // padding inserted for CUDA graphs
     const int32_t entry = p.page_indptr[request] + position / p.page_size;
     if (entry >= p.page_indptr[request + 1]) continue;  // no page has been given to this position
-    const int64_t row = p.page_table[entry] * p.cache_stride_page + position % p.page_size * p.cache_stride_token;
+    const int64_t page = p.page_table[entry];
+    if (page < 0) continue;
+    const int64_t row = page * p.cache_stride_page + position % p.page_size * p.cache_stride_token;
     for (int32_t i = threadIdx.x; i < p.kv_heads * vectors; i += blockDim.x) {
       const int64_t head = i / vectors;
       const int64_t byte = static_cast<int64_t>(i % vectors) * kBytes;

@@ -14,7 +14,7 @@ struct AppendParams {
   void* value_cache;             // as key_cache
   const int32_t* batch_indices;  // [tokens]: request of each token
   const int32_t* positions;      // [tokens]: position of each token in its request; negative skips the token
-  const int32_t* page_table;     // page numbers of all requests
+  const int32_t* page_table;     // page numbers of all requests; a negative one skips its tokens
   const int32_t* page_indptr;    // [requests + 1], into page_table
   int64_t num_tokens;
   int64_t key_stride_token;
