@@ -232,7 +232,7 @@ def test_edges(lengths: list[tuple[int, int]], causal: bool) -> None:
 
 
 def test_totals_beyond_32_bits() -> None:
-    longest = 2**31 - 1
+    longest = 2**31 - 1 - 16  # the limit of kv_len
     case = Case([(1, longest)] * 40, kv_heads=8, kv_tile=16, num_workers=1000)
     planned = make_plan(case)
     assert sum(int(item["kv_end"]) - int(item["kv_begin"]) for item in planned.items) == 40 * 8 * longest
@@ -295,6 +295,17 @@ def test_a_request_of_too_many_rows_is_refused() -> None:
     case = Case([(2**31 - 1, 1)], group=2)
     with pytest.raises(InvalidArgumentError, match="request 0 has 4294967294 packed rows"):
         run_plan(case, np.zeros(1, dtype=np.uint8), 0)
+
+
+@pytest.mark.parametrize(("excess", "refused"), [(0, False), (1, True)])
+def test_a_request_of_too_many_keys_is_refused(excess: int, refused: bool) -> None:
+    case = Case([(1, 2**31 - 1 - Case([]).kv_tile + excess)])
+    out = np.zeros(1 << 16, dtype=np.uint8)
+    if not refused:
+        assert run_plan(case, out, out.nbytes - GUARD).num_items > 1
+        return
+    with pytest.raises(InvalidArgumentError, match=r"kv_len\[0\] must be at most 2\^31 - 1 - kv_tile = 2147483583, got"):
+        run_plan(case, out, out.nbytes - GUARD)
 
 
 def test_offsets_depend_on_workers_alone() -> None:

@@ -64,6 +64,11 @@ void check_lengths(const PlanShape& shape, const PlanLengths& lengths) {
     if (lengths.kv_len[i] < 0) {
       invalid("kv_len[" + std::to_string(i) + "] must not be negative, got " + std::to_string(lengths.kv_len[i]));
     }
+    // The end of a key tile is counted in 32 bits too.
+    if (lengths.kv_len[i] > kInt32Max - shape.kv_tile) {
+      invalid("kv_len[" + std::to_string(i) + "] must be at most 2^31 - 1 - kv_tile = " +
+              std::to_string(kInt32Max - shape.kv_tile) + ", got " + std::to_string(lengths.kv_len[i]));
+    }
     const int64_t rows = (int64_t(lengths.q_indptr[i + 1]) - lengths.q_indptr[i]) * shape.group;
     if (rows > kInt32Max - shape.tile_rows) {
       invalid("request " + std::to_string(i) + " has " + std::to_string(rows) +
