@@ -37,7 +37,6 @@ LOADED = [
     "cuFuncSetAttribute 9 100",
     "cuFuncLoad",
     "cuFuncGetAttribute 4",
-    "cuFuncGetAttribute 3",
     "cuFuncGetAttribute 1",
     "cuOccupancy 128 102400",
     "cuDeviceGetAttribute 16",
@@ -45,7 +44,7 @@ LOADED = [
     "cuCtxPopCurrent",
     "cuThreadExchangeStreamCaptureMode 0",
 ]
-LAUNCHED = "300 grid 7 1 1 block 128 1 1 shared 102400 stream 55 attributes 0 params abcd"
+LAUNCHED = "300 grid 7 1 1 block 128 1 1 shared 102400 stream 55 attributes none params abcd"
 
 
 class Fake:
@@ -138,8 +137,8 @@ def test_a_driver_without_gpu_counts_none(fake: Fake) -> None:
 
 
 def test_loading_is_eager_and_leaves_the_thread_as_it_was(fake: Fake) -> None:
-    printed = fake.run("f = load(); print(f.registers, f.local_bytes, f.shared_bytes, f.max_workers); del f")
-    assert printed == f"96 8 {(100 << 10) + 1024} 264"
+    printed = fake.run("f = load(); print(f.registers, f.shared_bytes, f.max_workers); del f")
+    assert printed == f"96 {(100 << 10) + 1024} 264"
     assert fake.calls == LOADED  # and nothing is unloaded: a graph may still hold the function
 
 
@@ -168,14 +167,20 @@ def test_a_launch_in_the_current_context_pushes_nothing(fake: Fake) -> None:
     assert fake.calls[len(LOADED) + 1 :] == ["cuCtxGetCurrent", f"cuLaunchKernelEx {LAUNCHED}"]
 
 
+def test_programmatic_serialization_is_an_attribute_of_the_launch(fake: Fake) -> None:
+    fake.run("load().launch(params, workers=7, stream=0x55, programmatic=True)")
+    assert fake.calls[-2] == f"cuLaunchKernelEx {LAUNCHED.replace('attributes none', 'attributes 6=1')}"
+
+
 def test_a_capture_mode_is_restored(fake: Fake) -> None:
     fake.run("fake.cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(1))); load()")
     exchanged = [call for call in fake.calls if call.startswith("cuThreadExchange")]
     assert exchanged == [f"cuThreadExchangeStreamCaptureMode {mode}" for mode in (1, 2, 1)]
 
 
-def test_an_old_driver_loads_and_launches(old: Fake) -> None:
-    old.run("load().launch(params, 7, 0x55)")
+@pytest.mark.parametrize("programmatic", [False, True])
+def test_an_old_driver_loads_and_launches_without_attributes(old: Fake, programmatic: bool) -> None:
+    old.run(f"load().launch(params, 7, 0x55, {programmatic})")
     assert old.calls[-2] == "cuLaunchKernel 300 grid 7 block 128 shared 102400 stream 55 params abcd"
     assert "cuFuncLoad" not in old.calls
 

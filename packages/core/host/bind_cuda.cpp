@@ -52,7 +52,8 @@ std::unique_ptr<CudaFunction> cuda_load(const py::bytes& payload, const std::str
   return std::make_unique<CudaFunction>(image, entry.c_str(), device, threads, shared_bytes);
 }
 
-void launch(const CudaFunction& function, const py::object& params, int32_t workers, uintptr_t stream) {
+void launch(const CudaFunction& function, const py::object& params, int32_t workers, uintptr_t stream,
+            bool programmatic) {
   if (workers < 1) throw std::invalid_argument("workers must be at least 1, got " + std::to_string(workers));
   const ParamsView view(params);
   if (function.params_bytes() != 0 && function.params_bytes() != view.bytes()) {
@@ -61,7 +62,7 @@ void launch(const CudaFunction& function, const py::object& params, int32_t work
   }
   // A full queue makes the driver wait, perhaps for a host callback that needs the interpreter.
   py::gil_scoped_release release;
-  function.launch(view.data(), static_cast<uint32_t>(workers), stream);
+  function.launch(view.data(), static_cast<uint32_t>(workers), stream, programmatic);
 }
 
 }  // namespace
@@ -71,10 +72,11 @@ void bind_cuda(py::module_& m) {
   const auto& error = py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
   py::register_exception<CudaUnavailable>(m, "CudaUnavailableError", error);
   py::class_<CudaFunction>(m, "CudaFunction", "One kernel of a CUDA image, loaded for one device.")
-      .def("launch", &launch, "params"_a, "workers"_a, "stream"_a = 0,
-           "Queue `workers` CTAs on the raw `stream`; `params` is copied.")
+      .def(
+          "launch", &launch, "params"_a, "workers"_a, "stream"_a = 0, "programmatic"_a = false,
+          "Queue `workers` CTAs on the raw `stream`; `params` is copied. `programmatic`: begin while the kernel before "
+          "still runs, for kernels that wait for it themselves.")
       .def_property_readonly("registers", &CudaFunction::registers)
-      .def_property_readonly("local_bytes", &CudaFunction::local_bytes)
       .def_property_readonly("shared_bytes", &CudaFunction::shared_bytes)
       .def_property_readonly("max_workers", &CudaFunction::max_workers);
   m.def("cuda_load", &cuda_load, "payload"_a, "entry"_a, "device"_a, "threads"_a, "shared_bytes"_a,

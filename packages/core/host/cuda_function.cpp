@@ -174,7 +174,6 @@ void CudaFunction::set_shared_bytes(const Driver& d) const {
 
 void CudaFunction::read_attributes(const Driver& d, CudaDevice device) {
   registers_ = attribute(d, FunctionAttribute::kRegisters, function_);
-  local_bytes_ = attribute(d, FunctionAttribute::kLocalBytes, function_);
   static_shared_bytes_ = attribute(d, FunctionAttribute::kSharedBytes, function_);
   int per_sm = 0;
   d.check(d.occupancy(&per_sm, function_, threads_, static_cast<size_t>(dynamic_shared_bytes_)),
@@ -191,7 +190,7 @@ void CudaFunction::read_attributes(const Driver& d, CudaDevice device) {
   }
 }
 
-void CudaFunction::launch(void* params, uint32_t workers, uintptr_t stream) const {
+void CudaFunction::launch(void* params, uint32_t workers, uintptr_t stream, bool programmatic) const {
   const Driver& d = driver();
   const CurrentContext current(d, context_);
   const auto threads = static_cast<unsigned>(threads_);
@@ -199,7 +198,9 @@ void CudaFunction::launch(void* params, uint32_t workers, uintptr_t stream) cons
   const auto queue = reinterpret_cast<CudaStream>(stream);
   void* arguments[] = {params};
   if (d.launch_ex != nullptr) {
-    const CudaLaunchConfig config = {{workers, 1, 1}, {threads, 1, 1}, shared_bytes, queue, nullptr, 0};
+    const CudaLaunchAttribute attributes[] = {{kProgrammaticStreamSerialization, 0, {1}}};
+    const unsigned num_attributes = programmatic ? 1 : 0;
+    const CudaLaunchConfig config = {{workers, 1, 1}, {threads, 1, 1}, shared_bytes, queue, attributes, num_attributes};
     d.check(d.launch_ex(&config, function_, arguments, nullptr), "cuLaunchKernelEx");
   } else {
     d.check(d.launch(function_, workers, 1, 1, threads, 1, 1, shared_bytes, queue, arguments, nullptr),

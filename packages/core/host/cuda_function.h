@@ -31,10 +31,12 @@ class CudaFunction {
   CudaFunction(const char* image, const char* entry, int device, int threads, int shared_bytes);
 
   // Queues `workers` CTAs on `stream`. `params` is the kernel's one parameter and is copied before this returns.
-  void launch(void* params, uint32_t workers, uintptr_t stream) const;
+  // `programmatic`: begin while the kernel before on the stream still runs (programmatic stream serialization); for
+  // kernels that wait for its results with griddepcontrol.wait, on compute capability 9.0 and newer. A driver without
+  // launch attributes begins after it, which is always right.
+  void launch(void* params, uint32_t workers, uintptr_t stream, bool programmatic = false) const;
 
   int registers() const { return registers_; }
-  int local_bytes() const { return local_bytes_; }
   int shared_bytes() const { return static_shared_bytes_ + dynamic_shared_bytes_; }
   int max_workers() const { return max_workers_; }
   size_t params_bytes() const { return params_bytes_; }  // 0 where the driver does not tell
@@ -49,7 +51,6 @@ class CudaFunction {
   int dynamic_shared_bytes_;
   int static_shared_bytes_ = 0;
   int registers_ = 0;
-  int local_bytes_ = 0;
   int max_workers_ = 0;
   size_t params_bytes_ = 0;
 };

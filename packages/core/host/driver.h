@@ -17,14 +17,27 @@ using CudaContext = struct CudaContextOpaque*;
 using CudaModule = struct CudaModuleOpaque*;
 using CudaFunctionHandle = struct CudaFunctionOpaque*;
 using CudaStream = struct CudaStreamOpaque*;
-struct CudaLaunchAttribute;
+
+// One wish about a launch. The driver's value is a union of 64 bytes; the one used here is a flag.
+struct CudaLaunchAttribute {
+  int id;
+  int pad;
+  union {
+    int flag;
+    uint64_t bytes[8];
+  } value;
+};
+static_assert(sizeof(CudaLaunchAttribute) == 72, "CUlaunchAttribute is 72 bytes");
+
+// Lets a kernel begin while the one before it on the stream still runs.
+constexpr int kProgrammaticStreamSerialization = 6;
 
 struct CudaLaunchConfig {
   unsigned grid[3];
   unsigned block[3];
   unsigned shared_bytes;
   CudaStream stream;
-  CudaLaunchAttribute* attributes;
+  const CudaLaunchAttribute* attributes;
   unsigned num_attributes;
 };
 static_assert(sizeof(CudaLaunchConfig) == 56, "CUlaunchConfig is 56 bytes");
@@ -42,7 +55,6 @@ enum class DeviceAttribute : int {
 
 enum class FunctionAttribute : int {
   kSharedBytes = 1,
-  kLocalBytes = 3,
   kRegisters = 4,
   kMaxDynamicSharedBytes = 8,
   kPreferredSharedCarveout = 9,

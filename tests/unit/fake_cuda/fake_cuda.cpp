@@ -39,10 +39,19 @@ int give(int result, T* to, T value) {
 
 }  // namespace
 
+struct LaunchAttribute {
+  int id;
+  char pad[4];
+  union {
+    char bytes[64];
+    int flag;
+  } value;
+};
+
 struct LaunchConfig {
   unsigned grid[3], block[3], shared_bytes;
   void* stream;
-  void* attributes;
+  const LaunchAttribute* attributes;
   unsigned num_attributes;
 };
 
@@ -121,9 +130,16 @@ int cuFuncGetParamInfo(void*, size_t index, size_t* offset, size_t* bytes) {
   return give(called("cuFuncGetParamInfo", " %zu", index), bytes, size_t(16));
 }
 int cuLaunchKernelEx(const LaunchConfig* c, void* function, void** params, void**) {
-  return called("cuLaunchKernelEx", " %x grid %u %u %u block %u %u %u shared %u stream %x attributes %u params %lx",
+  char attributes[100] = "none";
+  int length = 0;
+  for (unsigned i = 0; i < c->num_attributes; ++i) {
+    const LaunchAttribute& one = c->attributes[i];
+    length += std::snprintf(attributes + length, sizeof(attributes) - length, "%s%d=%d", i ? "," : "", one.id,
+                            one.value.flag);
+  }
+  return called("cuLaunchKernelEx", " %x grid %u %u %u block %u %u %u shared %u stream %x attributes %s params %lx",
                 number(function), c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2],
-                c->shared_bytes, number(c->stream), c->num_attributes, *static_cast<unsigned long*>(params[0]));
+                c->shared_bytes, number(c->stream), attributes, *static_cast<unsigned long*>(params[0]));
 }
 #endif
 
