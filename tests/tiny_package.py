@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flashinfer_core import nvrtc
+from flashinfer_core import images, nvrtc
 from flashinfer_core.errors import InstallationError
+from flashinfer_core.images import Image
 
 _CUDA = """#include "core/types.h"
 #include "tiny/scale.h"
@@ -77,6 +78,11 @@ def write(folder: Path) -> Path:
     for name, text in (("scale.cuh", _CUDA), ("scale.cpp", _CPU), ("scale.h", HEADER)):
         (kernels / name).write_text(text)
     return folder / "tiny"
+
+
+def find(variant: Scale, *targets: str) -> Image:
+    """Return the image of one variant for the first of `targets` that there is one for."""
+    return images.find_first(dict.fromkeys(targets, variant))
 
 
 def edit(package: Path) -> None:

@@ -14,17 +14,17 @@ from typing import Any, Iterator
 
 import pytest
 
-from flashinfer_core import cache, images
+from flashinfer_core import cache
 from flashinfer_core.images import Image
-from tiny_package import GPU, needs_nvrtc, write
+from tiny_package import GPU, find, needs_nvrtc, write
 
 SAMPLE = Image("scale-3", "scale<3>", "sm_80", "entry", "5ca1e", "s", "NVRTC 13.0", (), 8, 0, 0, 0.5, bytes(5000))
 
 # Finds an image as a process of its own: on a machine with root's powers, as a user that no database knows.
 FIND = """
 import json, logging, os, resource, sys
-from tiny_package import GPU
-from flashinfer_core import cache, images, nvrtc
+from tiny_package import GPU, find
+from flashinfer_core import nvrtc
 nvrtc.find()
 uid, file_limit = int(sys.argv[1]), int(sys.argv[2])
 if uid:
@@ -35,7 +35,7 @@ messages = []
 handler = logging.Handler(); handler.emit = lambda record: messages.append(record.getMessage())
 logging.getLogger("flashinfer").addHandler(handler)
 print("ready", flush=True); sys.stdin.readline()
-image = images.find(GPU, "sm_80")
+image = find(GPU, "sm_80")
 print(json.dumps({"bytes": len(image.payload), "key": image.key, "messages": messages}))
 """
 
@@ -94,8 +94,8 @@ def test_order_of_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.setenv("HOME", "/h")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    own = tmp_path / f"flashinfer-{os.geteuid()}"
-    expected = [Path("/a"), Path("/x/flashinfer"), Path("/h/.cache/flashinfer"), own]
+    own = tmp_path / f"flashinfer-images-{os.geteuid()}"
+    expected = [Path("/a"), Path("/x/flashinfer-images"), Path("/h/.cache/flashinfer-images"), own]
     assert cache.folders() == expected
     monkeypatch.delenv("FLASHINFER_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
@@ -119,7 +119,7 @@ def test_damaged_entry_is_rebuilt(
 ) -> None:
     write(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    image = images.find(GPU, "sm_80")
+    image = find(GPU, "sm_80")
     entry = cache.entry(folder, image.key)
     whole = entry.read_bytes()
     rubbish = {
@@ -131,7 +131,7 @@ def test_damaged_entry_is_rebuilt(
     entry.write_bytes(rubbish[damage])
     cache._MEMORY.clear()
     caplog.clear()
-    assert images.find(GPU, "sm_80").payload == image.payload
+    assert find(GPU, "sm_80").payload == image.payload
     told = [record.getMessage() for record in caplog.records]
     assert told[-1].startswith("compiled scale-3 for sm_80")
     assert (f"removing the damaged cache entry {entry}" in told[0]) == (damage != "another image")
@@ -172,7 +172,7 @@ def test_read_only_home_is_no_error(open_folder: Path) -> None:
     home = open_folder / "home"
     home.mkdir()
     home.chmod(0o555)
-    temporary = f"/tmp/flashinfer-{_other_user() or os.geteuid()}"
+    temporary = f"/tmp/flashinfer-images-{_other_user() or os.geteuid()}"
     existed = Path(temporary).exists()
     result = _finish(_start(open_folder, uid=_other_user(), HOME=str(home)))
     assert f"(kept in {temporary})" in result["messages"][0]
@@ -185,8 +185,8 @@ def test_read_only_home_is_no_error(open_folder: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming a user without a home needs root")
 def test_no_home_at_all_is_no_error(open_folder: Path) -> None:
     result = _finish(_start(open_folder, uid=54322, TMPDIR="/proc"))
-    assert "(kept in /tmp/flashinfer-54322)" in result["messages"][0]
-    shutil.rmtree("/tmp/flashinfer-54322")
+    assert "(kept in /tmp/flashinfer-images-54322)" in result["messages"][0]
+    shutil.rmtree("/tmp/flashinfer-images-54322")
 
 
 def test_nothing_writable_means_memory(folder: Path) -> None:
@@ -246,5 +246,5 @@ def test_links_are_not_followed(folder: Path, tmp_path: Path, monkeypatch: pytes
     assert cache.load(SAMPLE.key) is None
     monkeypatch.delenv("FLASHINFER_CACHE_DIR")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / f"flashinfer-{os.geteuid()}").symlink_to(folder)
+    (tmp_path / f"flashinfer-images-{os.geteuid()}").symlink_to(folder)
     assert "link" in cache.rejection(cache.folders()[-1])

@@ -32,7 +32,7 @@ SOUND = Facts(
     images={"flashinfer_page": {"sm_90": 4, "x86_64_v2": 4}},
     nvrtc_path="/lib/libnvrtc.so.12",
     nvrtc_version="12.4",
-    cache={"/home/me/.cache/flashinfer": "No such file or directory"},
+    cache={"/home/me/.cache/flashinfer-images": "No such file or directory"},
 )
 
 # kind of problem: facts that differ from SOUND, words of the message, words of the command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from flashinfer_core import cache, compiler, images
 from flashinfer_core.device import candidates
 from flashinfer_core.errors import CorruptImageError, MissingImageError
 from flashinfer_core.images import Image
-from tiny_package import CPU, GPU, edit, needs_nvrtc, write
+from tiny_package import CPU, GPU, Scale, edit, find, needs_nvrtc, write
 
 HERE = candidates("cpu")[0]
 SAMPLE = Image(
     "scale-3", "scale<3>", "sm_80", "_Z5scale", "k", "s", "NVRTC 13.0", ("-std=c++17",), 8, 0, 0, 0.5, b"\n\0x"
 )
+
+MISSING = object()
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write(tmp_path)
 
 
-def _ship(package: Path, variant: object, target: str) -> Path:
+def _ship(package: Path, variant: Scale, target: str) -> Path:
     image = compiler.compile_image(variant, target)
     path = images.path_of(package / "images", target, image.name)
     path.parent.mkdir(parents=True)
@@ -47,20 +50,53 @@ def test_short_file_is_noticed(cut: int) -> None:
         Image.from_bytes(SAMPLE.to_bytes()[:cut])
 
 
+def _with(**changes: object) -> bytes:
+    """Write SAMPLE with other header fields and the checksum that fits them."""
+    line, _, payload = SAMPLE.to_bytes().partition(b"\n")
+    header = {**json.loads(line), **changes}
+    del header["sha256"]
+    header = {name: value for name, value in header.items() if value is not MISSING}
+    return images._line({**header, "sha256": images._checksum(header, payload)}) + payload
+
+
+def test_what_makes_a_header_is_known() -> None:
+    assert _with() == SAMPLE.to_bytes()
+
+
+def test_a_flipped_bit_is_noticed_anywhere() -> None:
+    for position in range(len(SAMPLE.to_bytes())):
+        data = bytearray(SAMPLE.to_bytes())
+        data[position] ^= 1
+        with pytest.raises(CorruptImageError):
+            Image.from_bytes(bytes(data))
+
+
 @pytest.mark.parametrize(
     "data",
     [
         b"",
         b"\xff\xfe\n",
         b"[1, 2]\n",
+        b"[" * 200_000,
         b"{}\npayload",
-        SAMPLE.to_bytes()[:-1] + b"y",
         SAMPLE.to_bytes() + b"\0",
-        SAMPLE.to_bytes().replace(b'"flashinfer_image": 1', b'"flashinfer_image": 2'),
-        SAMPLE.to_bytes().replace(b'"entry"', b'"gate"'),
+        SAMPLE.to_bytes().replace(b"_Z5scale", b"_Z5other"),
+        _with(flashinfer_image=1),
+        _with(entry=MISSING),
+        _with(gate="_Z5scale"),
+        _with(name=3),
+        _with(key=None),
+        _with(registers="8"),
+        _with(spill_bytes=True),
+        _with(seconds="0.5"),
+        _with(flags="-O3"),
+        _with(flags=[1]),
     ],
-    ids=["empty", "not utf-8", "not an object", "no fields", "flipped", "longer", "format", "field"],
-)
+    ids=[
+        "empty", "not utf-8", "not an object", "deep", "no fields", "longer", "header", "format", "missing field",
+        "unknown field", "name", "key", "registers", "spill_bytes", "seconds", "flags", "flag",
+    ],
+)  # fmt: skip
 def test_rubbish_is_noticed(data: bytes) -> None:
     with pytest.raises(CorruptImageError):
         Image.from_bytes(data)
@@ -68,17 +104,17 @@ def test_rubbish_is_noticed(data: bytes) -> None:
 
 def test_shipped_image_is_used_while_its_sources_are_unchanged(package: Path) -> None:
     path = _ship(package, CPU, HERE)
-    assert images.find(CPU, HERE) == Image.from_bytes(path.read_bytes())
+    assert find(CPU, HERE) == Image.from_bytes(path.read_bytes())
     edit(package)
     with pytest.raises(MissingImageError, match=r"scale-3\.image: compiled from other sources than"):
-        images.find(CPU, HERE)
+        find(CPU, HERE)
 
 
 def test_damaged_shipped_image_is_told_and_left(package: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = _ship(package, CPU, HERE)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(MissingImageError, match=r"scale-3\.image: damaged"):
-        images.find(CPU, HERE)
+        find(CPU, HERE)
     assert "reinstall tiny" in caplog.text
     assert path.exists()
 
@@ -86,7 +122,7 @@ def test_damaged_shipped_image_is_told_and_left(package: Path, caplog: pytest.Lo
 @pytest.mark.usefixtures("package")
 def test_a_cpu_image_is_never_compiled_at_run_time() -> None:
     with pytest.raises(MissingImageError) as caught:
-        images.find(CPU, ["x86_64_v3", "x86_64_v2"])
+        find(CPU, "x86_64_v3", "x86_64_v2")
     assert "no image of scale-3 for x86_64_v3 or x86_64_v2" in str(caught.value)
     assert "x86_64_v2/scale-3.image: No such file" in str(caught.value)
     assert caught.value.remedy.endswith("python -m flashinfer_core.compiler tiny --target x86_64_v3")
@@ -95,7 +131,7 @@ def test_a_cpu_image_is_never_compiled_at_run_time() -> None:
 @needs_nvrtc
 @pytest.mark.usefixtures("package")
 def test_compile_is_logged_once_with_reason_and_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = images.find(GPU, ["sm_80", "compute_80"])
+    first = find(GPU, "sm_80", "compute_80")
     assert first.target == "sm_80"
     [record] = [record for record in caplog.records if record.name == "flashinfer"]
     assert record.levelno == logging.WARNING
@@ -103,9 +139,9 @@ def test_compile_is_logged_once_with_reason_and_time(tmp_path: Path, caplog: pyt
     assert f"kept in {tmp_path / 'cache'}) because: " in record.getMessage()
     assert "sm_80/scale-3.image: No such file or directory" in record.getMessage()
     caplog.clear()
-    assert images.find(GPU, "sm_80") == first
+    assert find(GPU, "sm_80") == first
     cache._MEMORY.clear()
-    assert images.find(GPU, "sm_80") == first
+    assert find(GPU, "sm_80") == first
     assert caplog.records == []
 
 
@@ -114,18 +150,18 @@ def test_compile_is_logged_once_with_reason_and_time(tmp_path: Path, caplog: pyt
 def test_no_compile_forbids_compiling_and_allows_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHINFER_NO_COMPILE", "1")
     with pytest.raises(MissingImageError, match="FLASHINFER_NO_COMPILE forbids compiling"):
-        images.find(GPU, "sm_80")
+        find(GPU, "sm_80")
     monkeypatch.setenv("FLASHINFER_NO_COMPILE", "0")
-    image = images.find(GPU, "sm_80")
+    image = find(GPU, "sm_80")
     monkeypatch.setenv("FLASHINFER_NO_COMPILE", "1")
-    assert images.find(GPU, "sm_80") == image
+    assert find(GPU, "sm_80") == image
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("target", ["sm_80", "compute_75"])
 def test_any_shipped_image_that_runs_comes_before_a_compile(package: Path, target: str) -> None:
     _ship(package, GPU, target)
-    assert images.find(GPU, ["sm_86", "sm_80", "compute_80", "compute_75"]).target == target
+    assert find(GPU, "sm_86", "sm_80", "compute_80", "compute_75").target == target
     assert not Path(str(package.parent / "cache")).exists()
 
 
@@ -146,4 +182,4 @@ def test_without_nvrtc_the_error_lists_both_what_is_absent(monkeypatch: pytest.M
 
     monkeypatch.setattr(nvrtc, "find", absent)
     with pytest.raises(MissingImageError, match=r"(?s)sm_80/scale-3.image: No such file.*no NVRTC was found"):
-        images.find(GPU, "sm_80")
+        find(GPU, "sm_80")

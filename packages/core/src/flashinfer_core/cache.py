@@ -20,6 +20,8 @@ from flashinfer_core.errors import CorruptImageError
 if TYPE_CHECKING:
     from flashinfer_core.images import Image
 
+# Not `flashinfer`: FlashInfer itself keeps its own files in a folder of that name.
+_NAME = "flashinfer-images"
 _LOG = logging.getLogger("flashinfer")
 _MEMORY: dict[str, Image] = {}
 
@@ -30,11 +32,11 @@ def folders() -> list[Path]:
     if os.environ.get("FLASHINFER_CACHE_DIR"):
         found.append(Path(os.environ["FLASHINFER_CACHE_DIR"]).absolute())
     if os.path.isabs(os.environ.get("XDG_CACHE_HOME", "")):  # its specification ignores relative paths
-        found.append(Path(os.environ["XDG_CACHE_HOME"]) / "flashinfer")
+        found.append(Path(os.environ["XDG_CACHE_HOME"]) / _NAME)
     home = os.path.expanduser("~")  # stays "~" where neither HOME nor the user database knows
     if os.path.isabs(home):
-        found.append(Path(home) / ".cache" / "flashinfer")
-    found += [folder / f"flashinfer-{os.geteuid()}" for folder in _shared()]
+        found.append(Path(home) / ".cache" / _NAME)
+    found += [folder / f"{_NAME}-{os.geteuid()}" for folder in _shared()]
     return list(dict.fromkeys(found))
 
 

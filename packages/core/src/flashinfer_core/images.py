@@ -5,8 +5,8 @@ Shipped in the package, then the user's cache, then compiled (GPUs only). A ship
 
 Environment variables, read at each call:
 
-    FLASHINFER_CACHE_DIR      folder of the user's cache; without it $XDG_CACHE_HOME/flashinfer, ~/.cache/flashinfer,
-                              flashinfer-<uid> in the temporary folder, memory
+    FLASHINFER_CACHE_DIR      folder of the user's cache; without it $XDG_CACHE_HOME/flashinfer-images,
+                              ~/.cache/flashinfer-images, flashinfer-images-<uid> in the temporary folder, memory
     FLASHINFER_NO_COMPILE=1   never compile at run time: a kernel neither shipped nor cached raises MissingImageError
     FLASHINFER_VERBOSE=1      tell on stderr which image was chosen and why (logger `flashinfer`, level debug)
     FLASHINFER_CUDA_TARGET    run this target on GPUs instead of the best one: compute_75 on an H100
@@ -26,14 +26,16 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 from flashinfer_core import cache, headers
 from flashinfer_core.errors import CorruptImageError, InstallationError, MissingImageError
 from flashinfer_core.targets import target_named
 from flashinfer_core.variant import Variant
 
-FORMAT = 1
+FORMAT = 2
+_TEXTS = ("name", "expression", "target", "entry", "key", "sources", "compiler")
+_COUNTS = ("registers", "spill_bytes", "shared_bytes")
 _LOG = logging.getLogger("flashinfer")
 
 
@@ -56,13 +58,10 @@ class Image:
     payload: bytes
 
     def to_bytes(self) -> bytes:
-        """Write a JSON line that describes the payload, then the payload."""
+        """Write a JSON line that describes the payload, then the payload. Its `sha256` is of all that follows here."""
         names = (field.name for field in dataclasses.fields(self) if field.name != "payload")
-        header = {name: getattr(self, name) for name in names}
-        header["flashinfer_image"] = FORMAT
-        header["payload_sha256"] = hashlib.sha256(self.payload).hexdigest()
-        header["payload_bytes"] = len(self.payload)
-        return json.dumps(header, sort_keys=True).encode() + b"\n" + self.payload
+        header = {"flashinfer_image": FORMAT, **{name: getattr(self, name) for name in names}}
+        return _line({**header, "sha256": _checksum(header, self.payload)}) + self.payload
 
     @staticmethod
     def from_bytes(data: bytes) -> Image:
@@ -70,29 +69,42 @@ class Image:
         line, _, payload = data.partition(b"\n")
         try:
             header = json.loads(line)
-            written = header.pop("flashinfer_image")
-            checksum, length = header.pop("payload_sha256"), header.pop("payload_bytes")
-            image = Image(payload=payload, **{**header, "flags": tuple(header["flags"])})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            written, checksum = header["flashinfer_image"], header.pop("sha256", None)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CorruptImageError(f"not an image file: {error}") from None
         if written != FORMAT:
             raise CorruptImageError(f"image format {written!r}, expected {FORMAT}")
-        if length != len(payload) or checksum != hashlib.sha256(payload).hexdigest():
-            raise CorruptImageError(f"the payload of {image.name} is {len(payload)} bytes, not the {length} written")
-        return image
+        if checksum != _checksum(header, payload):
+            raise CorruptImageError(f"the checksum over header and payload ({len(payload)} bytes) is another")
+        del header["flashinfer_image"]
+        if set(header) != {field.name for field in dataclasses.fields(Image)} - {"payload"}:
+            raise CorruptImageError(f"the header has the fields {', '.join(sorted(header))}")
+        _check_types(header)
+        return Image(payload=payload, **{**header, "flags": tuple(header["flags"])})
+
+
+def _line(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, sort_keys=True).encode() + b"\n"
+
+
+def _checksum(header: Mapping[str, Any], payload: bytes) -> str:
+    return hashlib.sha256(_line(header) + payload).hexdigest()
+
+
+def _check_types(header: Mapping[str, Any]) -> None:
+    """Raise unless each field is of its type: what was written by other code may have a right checksum."""
+    flags = header["flags"]
+    wrong = [name for name in _TEXTS if not isinstance(header[name], str)]
+    wrong += [name for name in _COUNTS if header[name] is not None and type(header[name]) is not int]
+    wrong += ["seconds"] if type(header["seconds"]) not in (int, float) else []
+    wrong += [] if isinstance(flags, list) and all(isinstance(flag, str) for flag in flags) else ["flags"]
+    if wrong:
+        raise CorruptImageError(f"{wrong[0]} of the header is {header[wrong[0]]!r}")
 
 
 def path_of(images: Path, target: str, name: str) -> Path:
     """Return where an image lies in a package's `images` folder."""
     return images / target / f"{name}.image"
-
-
-def find(variant: Variant, targets: str | Sequence[str]) -> Image:
-    """Return the image of `variant` for a target, or for the best of several (best first) that there is one for.
-
-    Raises as `find_first`.
-    """
-    return find_first(dict.fromkeys([targets] if isinstance(targets, str) else targets, variant))
 
 
 def find_first(offered: Mapping[str, Variant]) -> Image:
