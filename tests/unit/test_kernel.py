@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from typing import Mapping
 
 import pytest
 
 from flashinfer_core import build, device, images, kernel, params
 from flashinfer_core.errors import DriverError, MissingImageError
 from flashinfer_core.images import Image
+from flashinfer_core.variant import Variant
 from tiny_package import CPU, Scale, write
 
 TARGETS = device.candidates("cpu")
+SEVEN = Scale(7, CPU.source)
 
 
 @pytest.fixture
@@ -61,6 +67,67 @@ def test_loaded_once_also_by_several_threads(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("package")
+def test_a_slow_load_holds_up_no_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    find_first = images.find_first
+
+    def slow(offered: Mapping[str, Variant]) -> Image:
+        if next(iter(offered.values())).name == "scale-7":
+            begun.set()
+            assert go_on.wait(60)
+        return find_first(offered)
+
+    monkeypatch.setattr(images, "find_first", slow)
+    waiting = threading.Thread(target=lambda: pytest.raises(MissingImageError, kernel.load, SEVEN, "cpu"))
+    waiting.start()
+    assert begun.wait(60)
+    assert kernel.load(CPU, "cpu").variant == CPU
+    assert waiting.is_alive()
+    go_on.set()
+    waiting.join()
+
+
+# A thread is in the middle of loading the kernel when the process forks; the child wants that kernel too.
+FORK = """
+import os, threading
+from flashinfer_core import images, kernel
+from tiny_package import CPU
+find_first, begun, go_on, parent = images.find_first, threading.Event(), threading.Event(), os.getpid()
+def slow(offered):
+    if os.getpid() == parent:
+        begun.set()
+        go_on.wait()
+    return find_first(offered)
+images.find_first = slow
+thread = threading.Thread(target=kernel.load, args=(CPU, "cpu"))
+thread.start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    os._exit(0 if kernel.load(CPU, "cpu").variant == CPU else 1)
+done, status = 0, 0
+for _ in range(300):
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        break
+    thread.join(0.1)
+if not done:
+    os.kill(child, 9)
+go_on.set()
+thread.join()
+assert done and status == 0, "the child waits for a lock that nobody holds" if not done else status
+"""
+
+
+def test_a_child_forked_during_a_load_loads_too(package: Path) -> None:
+    path = os.pathsep.join([str(package.parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("package")
 def test_forced_target_is_loaded_beside_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     best = kernel.load(CPU, "cpu")
     monkeypatch.setenv("FLASHINFER_CPU_TARGET", TARGETS[-1])
@@ -82,7 +149,7 @@ def test_factory_makes_the_variant_of_each_target() -> None:
 @pytest.mark.usefixtures("package")
 def test_a_missing_variant_names_the_remedy() -> None:
     with pytest.raises(MissingImageError, match="no image of scale-7"):
-        kernel.load(Scale(7, CPU.source), "cpu")
+        kernel.load(SEVEN, "cpu")
 
 
 def test_an_image_that_does_not_load_is_a_driver_error(package: Path) -> None:

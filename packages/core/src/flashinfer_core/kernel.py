@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from typing import Any, Callable, Optional, Union, cast
+from typing import Any, Callable, Optional, Tuple, Union, cast
 
 from flashinfer_core import device as devices
 from flashinfer_core import images
@@ -15,9 +15,10 @@ from flashinfer_core.variant import Variant
 
 Device = Union[str, int]
 Factory = Callable[[str], Optional[Variant]]
+_Key = Tuple[Variant, Device, str]
 
-_LOADED: dict[tuple[Variant, Device, str], Kernel] = {}
-_LOCK = threading.Lock()
+_LOADED: dict[_Key, Kernel] = {}
+_LOADING: dict[_Key, threading.Lock] = {}  # one lock per kernel: a compile must not hold up others
 
 
 class Kernel:
@@ -62,7 +63,7 @@ def load(variant_or_factory: Variant | Factory, device: Device) -> Kernel:
     key = (first, device, forced)
     kernel = _LOADED.get(key)
     if kernel is None:
-        with _LOCK:  # two threads that want the same kernel must not both compile it
+        with _LOADING.setdefault(key, threading.Lock()):  # two threads must not both compile it
             kernel = _LOADED.get(key)
             if kernel is None:
                 kernel = _open(offered or dict.fromkeys(devices.candidates(device), first), device)
@@ -92,3 +93,7 @@ def _open(offered: dict[str, Variant], device: Device) -> Kernel:
     except RuntimeError as error:
         raise DriverError(f"loading {image.name} for {image.target} failed: {error}") from None
     return Kernel(variant, image, device, function)
+
+
+# In a forked child the threads that held these locks do not exist, so nobody would release them.
+os.register_at_fork(after_in_child=_LOADING.clear)
