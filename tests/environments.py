@@ -42,6 +42,10 @@ class Environment:
         """Run code and return what it prints; raise with its output where it fails."""
         return self._run([str(self.python_path), "-c", code], variables)
 
+    def script(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run an installed script; its exit status is the caller's to judge."""
+        return self._start([str(self.python_path.with_name(name)), *arguments], {})
+
     def pip(self, *arguments: str) -> str:
         """Run this process' pip on the environment."""
         return self._run([sys.executable, "-m", "pip", "--python", str(self.python_path), *arguments], {})
@@ -62,11 +66,14 @@ class Environment:
         return frozenset(str(path) for path in (self.folder / "venv").rglob("*") if not path.is_dir())
 
     def _run(self, command: Sequence[str], variables: Dict[str, str]) -> str:
+        done = self._start(command, variables)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def _start(self, command: Sequence[str], variables: Dict[str, str]) -> subprocess.CompletedProcess[str]:
         # From a folder of its own, and without PYTHONPATH: the source tree must not be importable.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run(
+        return subprocess.run(
             command, cwd=self.folder, env={**environment, **variables}, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        return done.stdout

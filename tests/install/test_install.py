@@ -90,6 +90,15 @@ def test_doctor_speaks_without_gpu_and_torch(index, tmp_path):
     assert json.loads(bare.python(code))
 
 
+def test_the_command_speaks_without_torch(index, tmp_path):
+    bare = Environment(tmp_path, index, with_torch=False)
+    bare.install("--no-deps", "flashinfer-core", "flashinfer-python")
+    done = bare.script("flashinfer", "doctor")
+    assert done.returncode == 1, done.stdout
+    assert "problem: torch is not installed" in done.stdout
+    assert bare.script("flashinfer", "--version").stdout.strip() == flashinfer_core.__version__
+
+
 def test_uninstalling_leaves_nothing(fresh):
     fresh.install("flashinfer-python")
     fresh.python("import flashinfer")

@@ -14,16 +14,22 @@ import flashinfer_core
 from flashinfer_core import doctor
 from flashinfer_core.matrix import torch_build
 
+PROGRAM = ("-m", "flashinfer_core")
+SCRIPT = ("-c", "import sys; from flashinfer_core.cli import main; sys.exit(main())", "doctor")
 
-def _run(*arguments: str, options: tuple[str, ...] = (), path: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *options, "-m", "flashinfer_core", *arguments]
+
+def _run(
+    *arguments: str, program: tuple[str, ...] = PROGRAM, options: tuple[str, ...] = (), path: str = ""
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *options, *program, *arguments]
     environment = {**os.environ, "PYTHONPATH": path or os.pathsep.join(sys.path), "FLASHINFER_CACHE_DIR": "/nowhere"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_without_torch_it_reports_and_exits_with_1(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", [PROGRAM, SCRIPT], ids=["module", "script"])
+def test_without_torch_it_reports_and_exits_with_1(program: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "flashinfer_core").symlink_to(Path(flashinfer_core.__file__).parent)
-    done = _run(options=("-S",), path=str(tmp_path))
+    done = _run(program=program, options=("-S",), path=str(tmp_path))
     assert done.returncode == 1, done.stderr
     assert "problem: torch is not installed" in done.stdout
     assert "mend: pip install torch" in done.stdout
@@ -39,6 +45,11 @@ def test_json_holds_the_same_facts() -> None:
     assert content["torch"] == (build and {"version": build.version, "cuda": build.cuda})
     assert content["environment"]["FLASHINFER_CACHE_DIR"] == "/nowhere"
     assert all(set(problem) == {"kind", "what", "remedy"} for problem in content["problems"])
+
+
+def test_the_command_needs_a_command_and_knows_its_version() -> None:
+    assert _run(program=SCRIPT[:2]).returncode == 2
+    assert _run("--version", program=SCRIPT[:2]).stdout.strip() == flashinfer_core.__version__
 
 
 def test_gathering_never_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

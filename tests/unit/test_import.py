@@ -80,7 +80,7 @@ def test_core_needs_no_torch_and_does_nothing(core_alone: str) -> None:
     assert _brought(result) == []
 
 
-@pytest.mark.parametrize("module", ["compiler", "build", "images", "kernel", "params", "doctor", "nvrtc"])
+@pytest.mark.parametrize("module", ["compiler", "build", "images", "kernel", "params", "doctor", "cli", "nvrtc"])
 def test_parts_of_core_need_neither_torch_nor_the_host_extension(module: str, core_alone: str) -> None:
     result = _probe(f"flashinfer_core.{module}", options=("-S",), path=core_alone)
     assert result["done"] == []

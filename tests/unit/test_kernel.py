@@ -77,8 +77,12 @@ def test_a_slow_load_holds_up_no_other_kernel(monkeypatch: pytest.MonkeyPatch) -
             assert go_on.wait(60)
         return find_first(offered)
 
+    def load_seven() -> None:
+        with pytest.raises(MissingImageError):
+            kernel.load(SEVEN, "cpu")
+
     monkeypatch.setattr(images, "find_first", slow)
-    waiting = threading.Thread(target=lambda: pytest.raises(MissingImageError, kernel.load, SEVEN, "cpu"))
+    waiting = threading.Thread(target=load_seven)
     waiting.start()
     assert begun.wait(60)
     assert kernel.load(CPU, "cpu").variant == CPU
