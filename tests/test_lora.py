@@ -111,3 +111,12 @@ def test_fp32_is_refused_on_a_gpu() -> None:
     x = torch.zeros(1, 8, device="cuda")
     with pytest.raises(UnsupportedOptionError, match="float32"):
         add_lora(x, x, a=x[None], b=torch.zeros(1, 8, 1, device="cuda"), indices=torch.zeros(1, device="cuda").int())
+
+
+@pytest.mark.gpu
+def test_bf16_is_refused_where_the_target_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHINFER_CUDA_TARGET", "compute_75")
+    x = torch.zeros(1, 8, device="cuda", dtype=torch.bfloat16)
+    b, indices = torch.zeros(1, 8, 1, device="cuda", dtype=torch.bfloat16), torch.zeros(1, device="cuda").int()
+    with pytest.raises(UnsupportedOptionError, match=r"x\.dtype=torch\.bfloat16(.|\n)*older than sm_80"):
+        add_lora(x, x, a=x[None], b=b, indices=indices)

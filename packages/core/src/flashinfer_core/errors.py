@@ -35,6 +35,12 @@ class InvalidArgumentError(FlashInferError, ValueError):
     """Report an argument whose value, shape or device is wrong."""
 
 
+class InvalidLayoutError(InvalidArgumentError, KeyError):
+    """Report a kv_layout that is none; a KeyError too, as FlashInfer raises."""
+
+    __str__ = Exception.__str__  # KeyError would print the text as a literal
+
+
 class InvalidTypeError(FlashInferError, TypeError):
     """Report an argument whose type or dtype is wrong."""
 

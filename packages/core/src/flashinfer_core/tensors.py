@@ -5,11 +5,13 @@ Checks are O(1) in the data and read nothing from a device. Only operator packag
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence, Tuple, Union
+import operator
+import os
+from typing import Any, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 
-from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError
+from flashinfer_core.errors import InvalidArgumentError, InvalidLayoutError, InvalidTypeError
 
 PagedCache = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]
 Strides = Tuple[int, int, int]
@@ -68,10 +70,36 @@ def check_int32(name: str, tensor: torch.Tensor, size: Optional[int] = None) -> 
     check_tensor(name, tensor, (size,), torch.int32)
 
 
+def check_integer(name: str, value: Any) -> int:
+    """Return `value`, of any type of integer, as an int."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InvalidTypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def check_readable(name: str, tensor: torch.Tensor) -> None:
+    """Raise unless the values of `tensor` can be copied to the host."""
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise InvalidArgumentError(f"{name} must be on a CPU or a CUDA device, got {tensor.device}")
+
+
+def checks_tables() -> bool:
+    """Say whether FLASHINFER_CHECK=1 asks for page tables to be read before each launch."""
+    return os.environ.get("FLASHINFER_CHECK", "0") not in ("", "0")
+
+
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Say whether the kernels for a CUDA device, or those that FLASHINFER_CUDA_TARGET forces, have no bfloat16."""
+    if os.environ.get("FLASHINFER_CUDA_TARGET", "").endswith("_75"):
+        return True
+    return torch.cuda.get_device_capability(device) < (8, 0)
+
+
 def check_layout(kv_layout: str) -> None:
     """Raise unless `kv_layout` is NHD or HND."""
     if kv_layout not in LAYOUTS:
-        raise InvalidArgumentError(f"kv_layout must be 'NHD' or 'HND', got {kv_layout!r}")
+        raise InvalidLayoutError(f"kv_layout must be 'NHD' or 'HND', got {kv_layout!r}")
 
 
 def key_value(k: torch.Tensor, v: torch.Tensor, *, paged: bool, kv_layout: str = "NHD") -> KeyValue:

@@ -10,7 +10,7 @@ import torch
 from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedOptionError
 from flashinfer_core.kernel import load
 from flashinfer_core.params import structure
-from flashinfer_core.tensors import check_int32, check_tensor
+from flashinfer_core.tensors import check_int32, check_tensor, lacks_bfloat16
 from flashinfer_lora.variants import CPU_DTYPES, CUDA_DTYPES, choose
 
 MAX_RANK = 512
@@ -98,6 +98,8 @@ def _check_add_lora(
     supported = CPU_DTYPES if x.device.type == "cpu" else CUDA_DTYPES
     if _ELEMENTS[x.dtype] not in supported:
         raise UnsupportedOptionError("x.dtype", x.dtype, f"{', '.join(supported)} on {x.device.type}")
+    if x.dtype == torch.bfloat16 and x.device.type == "cuda" and lacks_bfloat16(x.device):
+        raise UnsupportedOptionError("x.dtype", x.dtype, "float16 on GPUs older than sm_80, which lack bfloat16")
     if not 1 <= rank <= MAX_RANK:
         raise InvalidArgumentError(f"the rank of a must be 1 to {MAX_RANK}, got {rank}")
     if in_features % 8 or in_features == 0:

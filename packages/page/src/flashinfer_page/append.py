@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from math import gcd
 from typing import Any, Tuple, Type
@@ -17,7 +16,7 @@ from flashinfer_core.errors import (
 )
 from flashinfer_core.kernel import load
 from flashinfer_core.params import structure
-from flashinfer_core.tensors import KeyValue, PagedCache, check_int32, check_tensor, paged_key_value
+from flashinfer_core.tensors import KeyValue, PagedCache, check_int32, check_tensor, checks_tables, paged_key_value
 from flashinfer_page.variants import PACKAGE, choose
 
 # Waking threads costs more than copying this much.
@@ -50,7 +49,7 @@ def append_paged_kv_cache(
     cache = paged_key_value(paged_kv_cache, kv_layout)
     _check(append_key, append_value, batch_indices, positions, cache, kv_indices, kv_indptr, kv_last_page_len)
     tokens = append_key.shape[0]
-    if os.environ.get("FLASHINFER_CHECK", "0") not in ("", "0"):
+    if checks_tables():
         _check_targets(batch_indices, positions, kv_indices, kv_indptr, cache)
     if tokens == 0 or cache.heads == 0 or cache.head_dim == 0:
         return

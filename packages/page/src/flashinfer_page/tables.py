@@ -7,7 +7,7 @@ from typing import Tuple
 import torch
 
 from flashinfer_core.errors import InvalidArgumentError
-from flashinfer_core.tensors import check_int32
+from flashinfer_core.tensors import check_int32, check_integer, check_tensor
 
 
 def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -16,10 +16,9 @@ def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_s
     kv_indptr: int32 [B + 1], into the page indices. kv_last_page_len: int32 [B], tokens of the last page; 0 for a
     request without pages. page_size: tokens of a page. Raises InvalidArgumentError, InvalidTypeError.
     """
-    _check_lengths("kv_indptr", kv_indptr)
-    check_int32("kv_last_page_len", kv_last_page_len, kv_indptr.shape[0] - 1)
-    if page_size < 1:
-        raise InvalidArgumentError(f"page_size must be at least 1, got {page_size}")
+    _check_lengths("kv_indptr", kv_indptr, "kv_last_page_len", kv_last_page_len)
+    if not 1 <= check_integer("page_size", page_size) < 2**31:
+        raise InvalidArgumentError(f"page_size must be at least 1 and fit int32, got {page_size}")
     pages = kv_indptr[1:] - kv_indptr[:-1]
     return (pages - 1).clamp(min=0) * page_size + kv_last_page_len
 
@@ -33,10 +32,9 @@ def get_batch_indices_positions(
     ones. Tokens from append_indptr[-1] on, which pad a CUDA graph, get request 0 and position -1: append skips them.
     Raises InvalidArgumentError, InvalidTypeError.
     """
-    _check_lengths("append_indptr", append_indptr)
+    _check_lengths("append_indptr", append_indptr, "seq_lens", seq_lens)
     requests = append_indptr.shape[0] - 1
-    check_int32("seq_lens", seq_lens, requests)
-    if nnz < 0:
+    if check_integer("nnz", nnz) < 0:
         raise InvalidArgumentError(f"nnz must not be negative, got {nnz}")
     token = torch.arange(nnz, dtype=torch.int32, device=append_indptr.device)
     if requests == 0:
@@ -49,7 +47,9 @@ def get_batch_indices_positions(
     return request, torch.where(real, position, -1)
 
 
-def _check_lengths(name: str, indptr: torch.Tensor) -> None:
+def _check_lengths(name: str, indptr: torch.Tensor, lengths_name: str, lengths: torch.Tensor) -> None:
+    """Raise unless `indptr` is int32 [B + 1], and `lengths` int32 [B] on its device."""
     check_int32(name, indptr)
     if indptr.shape[0] == 0:
         raise InvalidArgumentError(f"{name} must have one element more than there are requests, got none")
+    check_tensor(lengths_name, lengths, (indptr.shape[0] - 1,), torch.int32, indptr.device)
