@@ -2,50 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from typing import Any, Callable, Dict, Tuple, Type
+from typing import Any, Callable, Dict, List, Tuple, Type
 
 import pytest
 import torch
 
 import flashinfer
 from batches import HUGE, Paged
-from flashinfer_attention import Workspace, attention, plan_attention, single, workspace_bytes
+from flashinfer_attention import attention, plan_attention, single
 from flashinfer_attention.checks import make_problem
 from flashinfer_core.errors import (
     InvalidArgumentError,
     InvalidTypeError,
     UnsupportedDeviceError,
     UnsupportedOptionError,
-    WorkspaceError,
 )
-from flashinfer_core.kernel import Kernel
 
 Change = Callable[[Dict[str, Any]], None]
 
 
-@pytest.fixture(autouse=True)
-def _no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(*_: Any, **__: Any) -> None:
-        raise AssertionError("a kernel was launched")
-
-    monkeypatch.setattr(Kernel, "launch", launch)
+pytestmark = pytest.mark.usefixtures("no_launch")
 
 
-def batch() -> Paged:
-    return Paged([3, 1], [40, 20])
+def batch(device: str = "cpu") -> Paged:
+    return Paged([3, 1], [40, 20], device=device)
 
 
 def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def workspace(size: int = 1 << 20) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.uint8)
+def workspace(size: int = 1 << 20, device: str = "cpu") -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def prefill_plan(**changes: Any) -> flashinfer.BatchPrefillWithPagedKVCacheWrapper:
-    b = batch()
+def prefill_plan(device: str = "cpu", **changes: Any) -> flashinfer.BatchPrefillWithPagedKVCacheWrapper:
+    b = batch(device)
     arguments: Dict[str, Any] = {
         "qo_indptr": b.q_indptr,
         "paged_kv_indptr": b.indptr,
@@ -56,7 +50,7 @@ def prefill_plan(**changes: Any) -> flashinfer.BatchPrefillWithPagedKVCacheWrapp
         "head_dim_qk": 64,
         "page_size": 16,
     }
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace())
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(device=device))
     wrapper.plan(**{**arguments, **changes})
     return wrapper
 
@@ -79,9 +73,24 @@ BAD_PLANS = {
     "indices-too-short": ({"paged_kv_indices": ints(0, 1)}, InvalidArgumentError, "names 5 pages.*2"),
     "indices-int64": ({"paged_kv_indices": torch.arange(9)}, InvalidTypeError, "indices must be torch.int32"),
     "page-size-0": ({"page_size": 0}, InvalidArgumentError, "page_size"),
-    "head-dim-60": ({"head_dim_qk": 60}, UnsupportedOptionError, "head_dim=60.*nearest is 56"),
+    "page-size-2^31": ({"page_size": 2**31}, InvalidArgumentError, "page_size"),
+    "page-size-float": ({"page_size": 16.0}, InvalidTypeError, "page_size must be an integer, got 16.0"),
+    "head-dim-60": ({"head_dim_qk": 60}, UnsupportedOptionError, "head_dim=60.*nearest is (56|64)"),
     "head-dim-264": ({"head_dim_qk": 264}, UnsupportedOptionError, "head_dim=264.*nearest is 256"),
     "head-dim-0": ({"head_dim_qk": 0}, UnsupportedOptionError, "head_dim=0"),
+    "head-dim-float": ({"head_dim_qk": 64.0}, InvalidTypeError, "head_dim must be an integer, got 64.0"),
+    "heads-float": ({"num_qo_heads": 4.0}, InvalidTypeError, "num_qo_heads must be an integer"),
+    "window-left-none": ({"window_left": None}, InvalidTypeError, "window_left must be an integer, got None"),
+    "q-indptr-meta": ({"qo_indptr": ints(0, 3, 4).to("meta")}, InvalidArgumentError, "q_indptr must be on a CPU or"),
+    "indptr-meta": ({"paged_kv_indptr": ints(0, 3, 5).to("meta")}, InvalidArgumentError, "kv_indptr must be on a CPU"),
+    "last-page-len-meta": ({"paged_kv_last_page_len": ints(8, 4).to("meta")}, InvalidArgumentError, "last_page_len"),
+    "indices-meta": ({"paged_kv_indices": ints(0, 1, 2, 3, 4).to("meta")}, InvalidArgumentError, "paged_kv_indices"),
+    "sm-scale-0": ({"sm_scale": 0.0}, InvalidArgumentError, "sm_scale must be finite and greater than 0, got 0.0"),
+    "sm-scale-negative": ({"sm_scale": -0.1}, InvalidArgumentError, "sm_scale.*got -0.1"),
+    "sm-scale-nan": ({"sm_scale": float("nan")}, InvalidArgumentError, "sm_scale.*got nan"),
+    "sm-scale-infinite": ({"sm_scale": float("inf")}, InvalidArgumentError, "sm_scale.*got inf"),
+    "sm-scale-beyond-float32": ({"sm_scale": 1e-50}, InvalidArgumentError, "sm_scale"),
+    "sm-scale-text": ({"sm_scale": "0.1"}, InvalidTypeError, "sm_scale must be a number or None, got str"),
     "dtype-int8": ({"q_data_type": torch.int8}, UnsupportedOptionError, "dtype=torch.int8"),
     "dtype-unknown": ({"q_data_type": "float17"}, InvalidTypeError, "float17"),
     "kv-dtype": ({"kv_data_type": "bfloat16"}, UnsupportedOptionError, "kv_data_type"),
@@ -89,9 +98,9 @@ BAD_PLANS = {
 
 
 @pytest.mark.parametrize(("changes", "error", "text"), BAD_PLANS.values(), ids=BAD_PLANS)
-def test_plan(changes: Dict[str, Any], error: Type[Exception], text: str) -> None:
+def test_plan(changes: Dict[str, Any], error: Type[Exception], text: str, device: str) -> None:
     with pytest.raises(error, match=re.compile(text, re.DOTALL)):
-        prefill_plan(**changes)
+        prefill_plan(device, **changes)
 
 
 OPTIONS = {
@@ -114,7 +123,9 @@ def test_options_that_are_not_there_yet(name: str) -> None:
     assert caught.value.option == name
 
 
-@pytest.mark.parametrize("name", ["window_left", "logits_soft_cap", "pos_encoding_mode", "q_scale", "k_scale"])
+@pytest.mark.parametrize(
+    "name", ["window_left", "logits_soft_cap", "pos_encoding_mode", "q_scale", "k_scale", "v_scale"]
+)
 def test_options_of_single_decode(name: str) -> None:
     k = torch.zeros(5, 2, 64)
     with pytest.raises(UnsupportedOptionError, match=f"^{name}="):
@@ -135,8 +146,24 @@ def test_neutral_values_are_accepted() -> None:
     )
 
 
-def nan_scale(call: Dict[str, Any]) -> None:
-    call["k_scale"] = 0.5
+@pytest.mark.parametrize("call", ["run", "run_return_lse", "forward", "forward_return_lse"])
+@pytest.mark.parametrize("name", ["q_scale", "k_scale", "v_scale"])
+def test_scales_of_runs(name: str, call: str) -> None:
+    b = Paged([1, 1], [40, 20])
+    decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    decode.plan(b.indptr, b.indices, b.last_page_len, 4, 2, 64, 16)
+    with pytest.raises(UnsupportedOptionError, match=f"^{name}="):
+        getattr(decode, call)(b.q, b.cache, **{name: 0.5})
+    if name != "q_scale":
+        with pytest.raises(UnsupportedOptionError, match=f"^{name}="):
+            getattr(prefill_plan(), call)(batch().q, batch().cache, **{name: 0.5})
+
+
+def add(name: str, value: Any) -> Change:
+    def change(call: Dict[str, Any]) -> None:
+        call[name] = value
+
+    return change
 
 
 def spoil(name: str, value: Callable[[Any], Any]) -> Change:
@@ -156,7 +183,7 @@ BAD_RUNS: Dict[str, Tuple[Change, Type[Exception], str]] = {
     "q-head-dim": (spoil("q", lambda q: q[..., :32]), InvalidArgumentError, "q must have shape"),
     "q-rank": (spoil("q", lambda q: q[0]), InvalidArgumentError, "q must have 3 dimensions"),
     "q-dtype": (spoil("q", torch.Tensor.bfloat16), InvalidTypeError, "q must be torch.float16, got torch.bfloat16"),
-    "q-device": (spoil("q", lambda q: q.to("meta")), InvalidArgumentError, "q must be on cpu, got meta"),
+    "q-device": (spoil("q", lambda q: q.to("meta")), InvalidArgumentError, "q must be on (cpu|cuda:0), got meta"),
     "q-last-stride": (
         spoil("q", lambda q: q.transpose(1, 2).contiguous().transpose(1, 2)),
         InvalidArgumentError,
@@ -168,7 +195,11 @@ BAD_RUNS: Dict[str, Tuple[Change, Type[Exception], str]] = {
     "cache-rank": (spoil("cache", lambda c: c[0, 0]), InvalidArgumentError, "paged_kv_cache must have shape"),
     "cache-one-side": (spoil("cache", lambda c: c[:, :1]), InvalidArgumentError, "paged_kv_cache must have shape"),
     "cache-dtype": (spoil("cache", torch.Tensor.float), InvalidTypeError, "k and v must be torch.float16"),
-    "cache-device": (spoil("cache", lambda c: c.to("meta")), InvalidArgumentError, "k and v must be on cpu"),
+    "cache-device": (
+        spoil("cache", lambda c: c.to("meta")),
+        InvalidArgumentError,
+        "k and v must be on (cpu|cuda:0), got meta",
+    ),
     "cache-list": (spoil("cache", lambda c: [c]), InvalidTypeError, "paged_kv_cache must be"),
     "cache-strides": (
         spoil("cache", lambda c: (c[:, 0], c[:, 1].contiguous())),
@@ -185,17 +216,19 @@ BAD_RUNS: Dict[str, Tuple[Change, Type[Exception], str]] = {
         InvalidArgumentError,
         "lse must be contiguous",
     ),
-    "k-scale": (nan_scale, UnsupportedOptionError, "k_scale=0.5"),
+    "k-scale": (add("k_scale", 0.5), UnsupportedOptionError, "k_scale=0.5"),
+    "v-scale": (add("v_scale", 0.5), UnsupportedOptionError, "v_scale=0.5"),
 }
 
 
 @pytest.mark.parametrize(("change", "error", "text"), BAD_RUNS.values(), ids=BAD_RUNS)
-def test_run(change: Change, error: Type[Exception], text: str) -> None:
-    b = batch()
-    call: Dict[str, Any] = {"q": b.q, "cache": b.cache, "out": torch.empty_like(b.q), "lse": torch.empty(4, 4)}
+def test_run(change: Change, error: Type[Exception], text: str, device: str) -> None:
+    b = batch(device)
+    call: Dict[str, Any] = {"q": b.q, "cache": b.cache, "out": torch.empty_like(b.q)}
+    call["lse"] = torch.empty(4, 4, device=device)
     change(call)
     with pytest.raises(error, match=text):
-        prefill_plan().run(call.pop("q"), call.pop("cache"), **call)
+        prefill_plan(device).run(call.pop("q"), call.pop("cache"), **call)
 
 
 def test_run_before_plan() -> None:
@@ -218,45 +251,14 @@ def test_ragged_rows_that_the_plan_needs() -> None:
 
 @pytest.mark.parametrize("layout", ["nhd", "NDH", None])
 def test_layout(layout: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match="kv_layout"):
-        flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(), layout)
+    for expected in (InvalidArgumentError, KeyError):  # FlashInfer raises the latter
+        with pytest.raises(expected, match=r"^kv_layout must be 'NHD' or 'HND', got"):
+            flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(), layout)
 
 
 def test_backend() -> None:
     with pytest.raises(InvalidArgumentError, match="backend must be one of auto, fa2, fa3"):
         flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(), backend="fa4")
-
-
-@pytest.mark.parametrize("bad", ["missing", "int64", "meta", "sizes"])
-def test_graph_buffers(bad: str) -> None:
-    buffers = [ints(0, 0, 0), ints(0, 0), ints(0, 0)]
-    if bad == "missing":
-        with pytest.raises(InvalidArgumentError, match="needs paged_kv_indptr_buffer"):
-            flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(), use_cuda_graph=True)
-        return
-    buffers[0] = {"int64": buffers[0].long(), "meta": buffers[0].to("meta"), "sizes": ints(0, 0)}[bad]
-    error = InvalidTypeError if bad == "int64" else InvalidArgumentError
-    with pytest.raises(error, match="paged_kv_indptr_buffer"):
-        flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(workspace(), *buffers)
-
-
-def test_graph_batches_that_do_not_fit() -> None:
-    wrapper = flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(workspace(), ints(0, 0, 0), ints(0, 0), ints(0, 0))
-    with pytest.raises(InvalidArgumentError, match="batches of 2 requests, got 1"):
-        wrapper.plan(ints(0, 1), ints(0), ints(5), 4, 2, 64, 16)
-    with pytest.raises(WorkspaceError, match=r"3 pages.*room for 2"):
-        wrapper.plan(ints(0, 1, 3), ints(0, 1, 2), ints(5, 5), 4, 2, 64, 16)
-
-
-def test_workspaces() -> None:
-    with pytest.raises(InvalidTypeError, match="float_workspace_buffer"):
-        flashinfer.BatchDecodeWithPagedKVCacheWrapper([])  # type: ignore[arg-type]
-    with pytest.raises(InvalidArgumentError, match="float_workspace_buffer must be a contiguous vector"):
-        Workspace(workspace(64).view(8, 8))
-    with pytest.raises(InvalidArgumentError, match="int_workspace_buffer must be on cpu"):
-        Workspace(workspace(), workspace().to("meta"))
-    with pytest.raises(InvalidArgumentError, match="num_qo_heads"):
-        workspace_bytes(num_qo_heads=5, num_kv_heads=2, head_dim=64, device="cpu")
 
 
 def native_plan(**changes: Any) -> Any:
@@ -304,6 +306,28 @@ def test_native_run() -> None:
         attention(b.q, b.k.flatten(0, 1), b.v.flatten(0, 1), plan=ragged, page_table=b.indices)
 
 
+def test_single_prefill_with_fewer_keys_than_queries() -> None:
+    k = torch.zeros(5, 2, 64)
+    with pytest.raises(InvalidArgumentError, match="as many keys as queries, got 4 and 5"):
+        flashinfer.single_prefill_with_kv_cache(k, k[:4], k[:4], causal=True)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_scales_of_logits(scale: float, device: str) -> None:
+    k = torch.zeros(5, 2, 64, dtype=torch.float16, device=device)
+    b = batch(device)
+    calls: List[Callable[..., Any]] = [
+        functools.partial(single, k, k, k),
+        functools.partial(flashinfer.single_decode_with_kv_cache, k[0], k, k),
+        functools.partial(flashinfer.single_prefill_with_kv_cache, k, k, k),
+        functools.partial(prefill_plan(device).forward, b.q, b.cache),
+        functools.partial(attention, b.q, b.k, b.v, plan=native_plan(device=device), page_table=b.indices.to(device)),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidArgumentError, match="sm_scale must be finite and greater than 0"):
+            call(sm_scale=scale)
+
+
 def test_single() -> None:
     k = torch.zeros(5, 2, 64)
     with pytest.raises(InvalidArgumentError, match="q must be a tensor of shape"):
@@ -343,56 +367,16 @@ def test_gpus_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
         make_problem(4, 2, 64, False, torch.bfloat16, torch.device("cuda", 0))
 
 
-def append(**changes: Any) -> None:
-    cache = torch.zeros(4, 2, 16, 2, 64)
-    arguments: Dict[str, Any] = {
-        "append_key": torch.zeros(3, 2, 64),
-        "append_value": torch.zeros(3, 2, 64),
-        "batch_indices": ints(0, 0, 1),
-        "positions": ints(0, 1, 0),
-        "paged_kv_cache": cache,
-        "kv_indices": ints(2, 0),
-        "kv_indptr": ints(0, 1, 2),
-        "kv_last_page_len": ints(2, 1),
-    }
-    flashinfer.append_paged_kv_cache(**{**arguments, **changes})
+@pytest.mark.parametrize("target", ["sm_75", "compute_75"])
+def test_targets_without_bfloat16(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    make_problem(4, 2, 64, False, torch.bfloat16, torch.device("cuda", 0))
+    monkeypatch.setenv("FLASHINFER_CUDA_TARGET", target)
+    with pytest.raises(UnsupportedOptionError, match=r"dtype=torch.bfloat16"):
+        make_problem(4, 2, 64, False, torch.bfloat16, torch.device("cuda", 0))
 
 
-BAD_APPENDS = {
-    "key-heads": ({"append_key": torch.zeros(3, 1, 64)}, InvalidArgumentError, "append_key must have shape"),
-    "value-tokens": ({"append_value": torch.zeros(2, 2, 64)}, InvalidArgumentError, "append_value must have shape"),
-    "dtype": (dict.fromkeys(("append_key", "append_value"), torch.zeros(3, 2, 64).half()), InvalidTypeError, "float32"),
-    "positions-int64": ({"positions": torch.zeros(3).long()}, InvalidTypeError, "positions must be torch.int32"),
-    "batch-indices-short": ({"batch_indices": ints(0)}, InvalidArgumentError, "batch_indices must have shape"),
-    "last-page-len": ({"kv_last_page_len": ints(2)}, InvalidArgumentError, "kv_last_page_len must have shape"),
-    "layout": ({"kv_layout": "HDN"}, InvalidArgumentError, "kv_layout"),
-}
-
-
-@pytest.mark.parametrize(("changes", "error", "text"), BAD_APPENDS.values(), ids=BAD_APPENDS)
-def test_append(changes: Dict[str, Any], error: Type[Exception], text: str) -> None:
-    with pytest.raises(error, match=text):
-        append(**changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        pytest.param({"kv_indices": ints(2, HUGE)}, f"page {HUGE} for position 0 of request 1", id="page"),
-        pytest.param({"batch_indices": ints(0, 0, 2)}, "names request 2 of 2", id="request"),
-        pytest.param({"positions": ints(0, 16, 0)}, "request 0 has no page for its position 16", id="position"),
-    ],
-)
-def test_append_checks_targets_when_asked(changes: Dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASHINFER_CHECK", "1")
-    with pytest.raises(InvalidArgumentError, match=text):
-        append(**changes)
-
-
-def test_tables() -> None:
-    with pytest.raises(InvalidTypeError, match=r"kv_indptr must be torch\.int32"):
-        flashinfer.get_seq_lens(torch.tensor([0, 1]), ints(1), 16)
-    with pytest.raises(InvalidArgumentError, match="seq_lens must have shape"):
-        flashinfer.get_batch_indices_positions(ints(0, 1), ints(1, 2), 1)
-    with pytest.raises(InvalidArgumentError, match="nnz"):
-        flashinfer.get_batch_indices_positions(ints(0, 1), ints(1), -1)
+def test_a_cuda_device_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnsupportedDeviceError, match="no CUDA device"):
+        native_plan(device="cuda")

@@ -102,11 +102,11 @@ def test_nothing_is_written_behind_the_workspace(device: str) -> None:
 def test_more_than_workspace_bytes_splits_no_better(device: str) -> None:
     batch = Paged([1, 1], [20_000, 300], device=device)
     size = workspace_bytes(num_qo_heads=batch.heads, num_kv_heads=batch.kv_heads, head_dim=batch.dim, device=device)
-    counts = [
-        planned.kernels.useful_partial_rows
-        for planned in (plan(batch), plan(batch, workspace=Workspace(torch.empty(0, dtype=torch.uint8, device=device))))
+    rows = [
+        plan(batch, workspace=Workspace(torch.empty(bytes_, dtype=torch.uint8, device=device))).partial.rows
+        for bytes_ in (0, size // 2, size, 4 * size)
     ]
-    assert counts[0] * 4 * (batch.dim + 1) <= size
+    assert rows[0] == 0 < rows[1] <= rows[2] == rows[3]
 
 
 def test_workspace_bytes_asks_no_gpu() -> None:

@@ -11,7 +11,7 @@ import torch
 
 import flashinfer
 from batches import HUGE, Paged, poisoned
-from flashinfer_core.errors import WorkspaceError
+from flashinfer_core.errors import InvalidArgumentError, WorkspaceError
 
 pytestmark = pytest.mark.gpu
 
@@ -119,3 +119,38 @@ def test_a_batch_that_outgrows_what_was_captured() -> None:
     capture(wrapper, batch.q, batch.cache)
     with pytest.raises(WorkspaceError, match=r"71 query tokens.*captured with 70"):
         plan([31, 40])
+
+
+def test_planning_in_a_capture_is_refused() -> None:
+    batch = Paged([5, 4], [50, 60], device="cuda")
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(torch.empty(1 << 20, dtype=torch.uint8, device="cuda"))
+    tables = (batch.q_indptr, batch.indptr, batch.indices, batch.last_page_len)
+    shape = (batch.heads, batch.kv_heads, batch.dim, batch.page_size)
+    wrapper.plan(*tables, *shape, causal=True)
+    expected = wrapper.run(batch.q, batch.cache)
+    lengths_there = tables[0].cuda()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        batch.q.mul_(1)  # torch warns of empty graphs
+        with pytest.raises(InvalidArgumentError, match="planning cannot be captured"):
+            wrapper.plan(*tables, *shape)
+        with pytest.raises(InvalidArgumentError, match="planning cannot be captured"):
+            wrapper.plan(lengths_there, *tables[1:], *shape)
+        with pytest.raises(InvalidArgumentError, match="planning cannot be captured"):
+            wrapper.forward(batch.q, batch.cache, causal=False)
+    assert torch.equal(wrapper.run(batch.q, batch.cache), expected)
+
+
+def test_a_graph_of_a_plain_wrapper_keeps_its_plan() -> None:
+    batch, other = (Paged([5, 4], kv_lens, device="cuda", seed=1) for kv_lens in ([500, 60], [70, 9]))
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(torch.empty(1 << 20, dtype=torch.uint8, device="cuda"))
+
+    def plan(what: Paged) -> None:
+        tables = (what.q_indptr, what.indptr, what.indices, what.last_page_len)
+        wrapper.plan(*tables, what.heads, what.kv_heads, what.dim, what.page_size)
+
+    plan(batch)
+    graph, out, lse = capture(wrapper, batch.q, batch.cache)
+    plan(other)
+    other.check(*wrapper.run(other.q, other.cache, return_lse=True))
+    graph.replay()
+    batch.check(out, lse)

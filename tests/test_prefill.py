@@ -11,6 +11,7 @@ import torch
 import flashinfer
 import reference
 from batches import HUGE, Paged, indptr_of, poisoned, where
+from flashinfer_core.errors import InvalidArgumentError
 
 LN2 = math.log(2.0)
 MASKS = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -190,13 +191,19 @@ def test_ragged_buffers_of_a_graph(device: str) -> None:
 
 @MASKS
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 700), (130, 130), (130, 700), (9, 0), (0, 9), (20, 5)])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len"), [(1, 1), (1, 700), (130, 130), (130, 700), (0, 9), (0, 0), (9, 0), (20, 5)]
+)
 def test_single(device: str, q_len: int, kv_len: int, layout: str, causal: bool) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(n, heads, 64).half() for n, heads in [(q_len, 6), (kv_len, 2), (kv_len, 2)])
     given = [t.transpose(0, 1).contiguous() if layout == "HND" else t for t in (k, v)]
     on_device = [t.to(device) for t in (q, *given)]
     options = {"causal": causal, "kv_layout": layout}
+    if causal and kv_len < q_len:  # as in FlashInfer; `flashinfer_attention.single` and the wrappers take it
+        with pytest.raises(InvalidArgumentError, match=f"got {kv_len} and {q_len}"):
+            flashinfer.single_prefill_with_kv_cache(*on_device, **options)
+        return
     o, lse = flashinfer.single_prefill_with_kv_cache_return_lse(*on_device, **options)
     expected, expected_lse = reference.attention(q, k, v, causal=causal)
     reference.assert_close(o.cpu(), expected, torch.float16)

@@ -12,8 +12,15 @@ from typing import Any, Optional, Tuple, cast
 
 import torch
 
-from flashinfer_attention.checks import check_key_value, check_outputs, check_query, make_problem
-from flashinfer_attention.launch import copied, load_kernels, partial_bytes, place_partial, stream_of, structures
+from flashinfer_attention.checks import (
+    Problem,
+    check_key_value,
+    check_outputs,
+    check_query,
+    check_sm_scale,
+    make_problem,
+)
+from flashinfer_attention.launch import Kernels, allocate_partial, copied, load_kernels, stream_of, structures
 from flashinfer_attention.plan import Plan, plan_attention
 from flashinfer_attention.workspace import Workspace, workspace_bytes
 from flashinfer_core import planner
@@ -41,10 +48,11 @@ def attention(
     q: [tokens, num_qo_heads, head_dim]. k, v: ragged [rows, num_kv_heads, head_dim], or with a paged plan
     [pages, page_size, num_kv_heads, head_dim]; any strides with a contiguous last dimension, those of k and v may
     differ. page_table: int32 [entries] on the same device, page numbers of all requests; only for paged plans.
-    sm_scale multiplies q k^T; None: 1/sqrt(head_dim). out: as q; lse: float32 [tokens, num_qo_heads] contiguous; both
-    are allocated where None.
+    sm_scale multiplies q k^T and is positive; None: 1/sqrt(head_dim). out: as q; lse: float32 [tokens, num_qo_heads]
+    contiguous; both are allocated where None. Several threads may run one plan on a CPU; a GPU runs it on one stream at
+    a time, because its runs share the workspace.
     Return (o as q, lse in natural logarithm). A row that sees no key has o = 0 and lse = -inf. Asynchronous on GPUs, on
-    torch's current stream. Raises InvalidArgumentError, InvalidTypeError before anything is launched.
+    torch's current stream. Raises InvalidArgumentError, InvalidTypeError, WorkspaceError before anything is launched.
     """
     kv = key_value(k, v, paged=plan.page_size is not None)
     return _both(run(plan, q, kv, page_table, sm_scale=sm_scale, lse_scale=1.0, out=out, lse=lse, wants_lse=True))
@@ -68,21 +76,19 @@ def run(
     check_key_value(problem, kv)
     plan.check_cache(kv, page_table)
     check_outputs(problem, q.shape[0], out, lse)
-    if plan.workspace.fixed:
-        plan.check_rows(q.shape[0])
+    check_sm_scale(sm_scale)
+    plan.check_current(q.shape[0], page_table)
     out, lse = _outputs(q, out, lse, wants_lse)
     if plan.is_empty:
         return out, lse
 
-    stream = stream_of(problem.device)
     params = copied(plan.attention_params)
     params.page_table = 0 if page_table is None else page_table.data_ptr()
     _fill(params, q, kv, out, lse, sm_scale, lse_scale)
-    plan.kernels.attention.launch(params, workers=plan.kernels.workers, stream=stream)
-    if plan.merge_workers:
-        params = copied(plan.merge_params)
-        _fill_output(params, out, lse, lse_scale)
-        plan.kernels.merge.launch(params, workers=plan.merge_workers, stream=stream)
+    merge = copied(plan.merge_params) if plan.merge_workers else None
+    if merge is not None:
+        _fill_output(merge, out, lse, lse_scale)
+    plan.launch(params, merge)
     return out, lse
 
 
@@ -126,49 +132,61 @@ def run_single(
     check_query(problem, q, q_len)
     check_key_value(problem, kv)
     check_outputs(problem, q_len, out, lse)
+    check_sm_scale(sm_scale)
     out, lse = _outputs(q, out, lse, wants_lse)
-    if q_len == 0:
-        return out, lse
+    if q_len > 0:
+        _launch_uniform(problem, q, kv, out, lse, sm_scale, lse_scale)
+    return out, lse
 
-    kernels = load_kernels(problem, q_len * problem.group)
+
+def _launch_uniform(
+    problem: Problem,
+    q: torch.Tensor,
+    kv: KeyValue,
+    out: torch.Tensor,
+    lse: Optional[torch.Tensor],
+    sm_scale: Optional[float],
+    lse_scale: float,
+) -> None:
+    """Launch the kernels on one request in equal pieces."""
+    kernels = load_kernels(problem, q.shape[0] * problem.group)
+    work, uniform = _split(problem, q.shape[0], kv.pages, kernels)
+    stream = stream_of(problem.device)
+    attention_type, merge_type = structures()
+    params = attention_type(kv_heads=kv.heads, group=problem.group, head_dim=kv.head_dim, page_size=1, uniform=uniform)
+    params.causal = problem.causal
+    _fill(params, q, kv, out, lse, sm_scale, lse_scale)
+    workers = min(work.num_items, kernels.workers)
+    if work.pieces <= 1:
+        kernels.attention.launch(params, workers=workers, stream=stream)
+        return
+    # Lives until the end of this function: by then the launches have run (CPU) or are ordered in the stream (GPU).
+    partial = allocate_partial(work.partial_rows, kv.head_dim, q.device)
+    merge = merge_type(tile_rows=kernels.tile_rows, head_dim=kv.head_dim, uniform=uniform)
+    merge.kv_heads, merge.group = kernels.tile_kv_heads, kernels.tile_group
+    params.partial_o = merge.partial_o = partial.place.o
+    params.partial_lse = merge.partial_lse = partial.place.lse
+    _fill_output(merge, out, lse, lse_scale)
+    kernels.attention.launch(params, workers=workers, stream=stream)
+    kernels.merge.launch(merge, workers=kernels.merge_workers(kernels.tile_kv_heads * work.tiles), stream=stream)
+
+
+def _split(
+    problem: Problem, q_len: int, kv_len: int, kernels: Kernels
+) -> Tuple[planner.UniformPlan, Tuple[int, int, int, int, int, int]]:
+    """Return the pieces of one request, and the fields of `UniformWork` that say so to the kernels."""
     work = planner.uniform_plan(
         q_len=q_len,
-        kv_len=kv.pages,
-        group=kernels.group,
-        kv_heads=kernels.kv_heads,
+        kv_len=kv_len,
+        group=kernels.tile_group,
+        kv_heads=kernels.tile_kv_heads,
         tile_rows=kernels.tile_rows,
         kv_tile=kernels.kv_tile,
         causal=problem.causal,
         num_workers=kernels.workers,
         max_partial_rows=kernels.useful_partial_rows,
     )
-    stream = stream_of(problem.device)
-    attention_type, merge_type = structures()
-    params = attention_type(kv_heads=kv.heads, group=problem.group, head_dim=head_dim, page_size=1)
-    params.causal = problem.causal
-    uniform = (q_len, kv.pages, work.tiles, work.pieces, work.piece_len, int(problem.causal))
-    params.uniform = uniform
-    _fill(params, q, kv, out, lse, sm_scale, lse_scale)
-    split = work.pieces > 1
-    if split:
-        # Lives until the end of this function: by then the launches have run (CPU) or are ordered in the stream (GPU).
-        buffer = torch.empty(partial_bytes(work.partial_rows, head_dim), dtype=torch.uint8, device=q.device)
-        partial = place_partial(buffer, head_dim, work.partial_rows)
-        params.partial_o, params.partial_lse = partial.o, partial.lse
-    kernels.attention.launch(params, workers=min(work.num_items, kernels.workers), stream=stream)
-    if split:
-        merge = merge_type(
-            partial_o=partial.o,
-            partial_lse=partial.lse,
-            uniform=uniform,
-            tile_rows=kernels.tile_rows,
-            kv_heads=kernels.kv_heads,
-            group=kernels.group,
-            head_dim=head_dim,
-        )
-        _fill_output(merge, out, lse, lse_scale)
-        kernels.merge.launch(merge, workers=kernels.merge_workers(kernels.kv_heads * work.tiles), stream=stream)
-    return out, lse
+    return work, (q_len, kv_len, work.tiles, work.pieces, work.piece_len, int(problem.causal))
 
 
 def _outputs(q: torch.Tensor, out: Optional[torch.Tensor], lse: Optional[torch.Tensor], wants_lse: bool) -> Output:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Optional
 
@@ -15,7 +14,10 @@ from flashinfer_core.errors import (
     UnsupportedDeviceError,
     UnsupportedOptionError,
 )
-from flashinfer_core.tensors import KeyValue, check_tensor
+from flashinfer_core.tensors import KeyValue, check_integer, check_tensor, lacks_bfloat16
+
+# The kernels' sm_scale is a float32 that is not subnormal.
+_LEAST_SCALE, _MOST_SCALE = 2.0**-126, 2.0**127
 
 ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -50,10 +52,17 @@ def make_problem(
     num_qo_heads: int, num_kv_heads: int, head_dim: int, causal: bool, dtype: torch.dtype, device: torch.device
 ) -> Problem:
     """Return the problem, or raise the typed error that says which part of it has no kernel."""
+    num_qo_heads, num_kv_heads, head_dim = (
+        check_integer("num_qo_heads", num_qo_heads),
+        check_integer("num_kv_heads", num_kv_heads),
+        check_integer("head_dim", head_dim),
+    )
     check_heads(num_qo_heads, num_kv_heads)
     if device.type not in ("cpu", "cuda"):
         raise UnsupportedDeviceError(f"there are no kernels for {device}", remedy="use a CPU or a CUDA device")
     if device.type == "cuda" and device.index is None:
+        if not torch.cuda.is_available():
+            raise UnsupportedDeviceError("torch finds no CUDA device", remedy="use device='cpu'")
         device = torch.device("cuda", torch.cuda.current_device())
     problem = Problem(num_qo_heads, num_kv_heads, head_dim, bool(causal), dtype, device)
     _check_dtype(problem)
@@ -78,7 +87,7 @@ def _check_dtype(problem: Problem) -> None:
             raise UnsupportedOptionError("dtype", dtype, "float32, float16 and bfloat16 on CPUs")
     elif dtype not in (torch.float16, torch.bfloat16):
         raise UnsupportedOptionError("dtype", dtype, "float16 and bfloat16 on GPUs")
-    elif dtype == torch.bfloat16 and torch.cuda.get_device_capability(problem.device) < (8, 0):
+    elif dtype == torch.bfloat16 and lacks_bfloat16(problem.device):
         raise UnsupportedOptionError("dtype", dtype, "float16 on GPUs older than sm_80, which lack bfloat16")
 
 
@@ -125,9 +134,33 @@ def check_outputs(problem: Problem, tokens: int, out: Optional[torch.Tensor], ls
             raise InvalidArgumentError(f"lse must be contiguous, got strides {lse.stride()}")
 
 
-def checks_pages() -> bool:
-    """Say whether FLASHINFER_CHECK=1 asks for page tables to be read before each launch."""
-    return os.environ.get("FLASHINFER_CHECK", "0") not in ("", "0")
+def check_sm_scale(sm_scale: Optional[float]) -> None:
+    """Raise unless None or a positive number that float32 holds: the softmax takes the largest score before scaling."""
+    if sm_scale is None:
+        return
+    try:
+        fits = bool(_LEAST_SCALE <= sm_scale <= _MOST_SCALE)  # NaN is neither
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidTypeError(f"sm_scale must be a number or None, got {type(sm_scale).__name__}") from None
+    if not fits:
+        raise InvalidArgumentError(
+            f"sm_scale must be finite and greater than 0, got {sm_scale}",
+            remedy="negate q for a negative scale; None means 1/sqrt(head_dim)",
+        )
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Say whether torch's current stream is being captured in a CUDA graph."""
+    return device.type != "cpu" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raise where a CUDA graph is being captured: a graph would copy this plan's lengths again in every replay."""
+    if is_capturing(device):
+        raise InvalidArgumentError(
+            "planning cannot be captured in a CUDA graph",
+            remedy="plan before the capture; forward() plans too where it changes the mask",
+        )
 
 
 def check_page_table(

@@ -12,8 +12,8 @@ import torch
 
 from flashinfer_attention.attention import run_single
 from flashinfer_attention.lengths import one_query_each
-from flashinfer_attention.options import LOG2_E, check_options, common_dtype
-from flashinfer_attention.wrapper import DataType, Output, PagedWrapper
+from flashinfer_attention.options import LOG2_E, check_options, common_dtype, old_options
+from flashinfer_attention.wrapper import DataType, Output, PagedWrapper, Scalars
 from flashinfer_core.tensors import PagedCache, check_tensor, key_value
 
 
@@ -47,6 +47,7 @@ def single_decode_with_kv_cache(
         v_scale=v_scale,
         window_left=window_left,
         logits_soft_cap=logits_soft_cap,
+        sm_scale=sm_scale,
         rope_scale=rope_scale,
         rope_theta=rope_theta,
     )
@@ -125,13 +126,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         synchronisation; lengths on a GPU are copied back, which waits.
         Raises InvalidArgumentError, InvalidTypeError, WorkspaceError, and UnsupportedOptionError that names the option.
         """
-        check_options(
-            pos_encoding_mode=pos_encoding_mode,
-            window_left=window_left,
-            logits_soft_cap=logits_soft_cap,
-            rope_scale=rope_scale,
-            rope_theta=rope_theta,
-        )
+        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
+        options = old_options(pos_encoding_mode, False, rope_scale, rope_theta)
+        check_options(**options, **scalars._asdict())
         if data_type is not None:
             q_data_type = data_type if q_data_type in (None, "float16") else q_data_type
             kv_data_type = data_type if kv_data_type is None else kv_data_type
@@ -151,9 +148,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             page_size,
             causal=False,
             dtype=dtype,
+            scalars=scalars,
             non_blocking=non_blocking,
         )
-        self._sm_scale = sm_scale
 
     begin_forward = plan
 
@@ -195,9 +192,11 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         rope_theta: Optional[float] = None,
     ) -> torch.Tensor:
         """Set the scalars anew and run; kept for old callers, see `run`."""
-        options = (pos_encoding_mode, False, window_left, logits_soft_cap, rope_scale, rope_theta)
-        self._set_scalars(False, sm_scale, *options)
-        return cast(torch.Tensor, self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale))
+        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
+        options = old_options(pos_encoding_mode, False, rope_scale, rope_theta)
+        scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+        o = self._forward((q, paged_kv_cache), False, scalars, options, return_lse=False, **scales)
+        return cast(torch.Tensor, o)
 
     def forward_return_lse(
         self,
@@ -214,9 +213,10 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         rope_theta: Optional[float] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Set the scalars anew and run with return_lse; kept for old callers, see `run`."""
-        options = (pos_encoding_mode, False, window_left, logits_soft_cap, rope_scale, rope_theta)
-        self._set_scalars(False, sm_scale, *options)
-        both = self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=True)
+        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
+        options = old_options(pos_encoding_mode, False, rope_scale, rope_theta)
+        scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+        both = self._forward((q, paged_kv_cache), False, scalars, options, return_lse=True, **scales)
         return cast(Tuple[torch.Tensor, torch.Tensor], both)
 
 

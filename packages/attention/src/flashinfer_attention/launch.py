@@ -33,8 +33,8 @@ class Kernels(NamedTuple):
     workers: int
     tile_rows: int
     kv_tile: int
-    group: int  # rows of a tile come from this many heads of a query,
-    kv_heads: int  # and this many such tiles make up all heads
+    tile_group: int  # rows of a tile come from this many heads of a query,
+    tile_kv_heads: int  # and this many such tiles make up all heads
 
     def merge_workers(self, merges: int) -> int:
         """Return the workers that merge so many tiles, none where there is none: a CTA takes four rows at a time."""
@@ -54,13 +54,14 @@ def load_kernels(problem: Problem, max_rows: int) -> Kernels:
     max_rows = 1 << max(max_rows - 1, 0).bit_length()
     attention, merge = _load(problem.element, problem.head_dim, max_rows, where, forced)
     variant = cast(AnyAttention, attention.variant)
-    group, kv_heads = problem.group, problem.num_kv_heads
+    tile_group, tile_kv_heads = problem.group, problem.num_kv_heads
     if variant.packs_all_heads:
-        group, kv_heads = problem.num_qo_heads, 1
+        tile_group, tile_kv_heads = problem.num_qo_heads, 1
     workers = attention.max_workers * (CPU_WORKERS_PER_THREAD if where == "cpu" else 1)
-    return Kernels(attention, merge, workers, variant.tile_rows, variant.kv_tile, group, kv_heads)
+    return Kernels(attention, merge, workers, variant.tile_rows, variant.kv_tile, tile_group, tile_kv_heads)
 
 
+# `load` keeps the kernels; this keeps which of them a problem gets, as `single` asks in every call.
 @lru_cache(maxsize=None)
 def _load(
     dtype: str, head_dim: int, max_rows: int, where: Union[str, int], forced: Optional[str]
@@ -84,7 +85,7 @@ def structures() -> Tuple[Type[Any], Type[Any]]:
 
 
 def copied(params: ctypes.Structure) -> Any:
-    """Copy a struct, so that one plan may run in several threads at once."""
+    """Copy a struct, so that threads which run one plan fill in their own pointers."""
     return type(params).from_buffer_copy(params)
 
 
@@ -101,6 +102,13 @@ class Partial(NamedTuple):
     lse: int
 
 
+class OwnPartial(NamedTuple):
+    """Partial results in a buffer that lives as long as this does."""
+
+    buffer: torch.Tensor
+    place: Partial
+
+
 def partial_bytes(rows: int, head_dim: int) -> int:
     """Count the bytes of a buffer for `rows` partial rows: head_dim values of o and one lse, all fp32."""
     return PARTIAL_ALIGNMENT + rows * 4 * (head_dim + 1)
@@ -113,3 +121,9 @@ def place_partial(buffer: torch.Tensor, head_dim: int, useful_rows: int) -> Part
     rows = max(0, start + buffer.numel() - aligned) // (4 * (head_dim + 1))
     rows = min(rows, useful_rows)
     return Partial(rows, aligned, aligned + 4 * head_dim * rows)
+
+
+def allocate_partial(rows: int, head_dim: int, device: torch.device) -> OwnPartial:
+    """Allocate a buffer for the partial results of one call."""
+    buffer = torch.empty(partial_bytes(rows, head_dim), dtype=torch.uint8, device=device)
+    return OwnPartial(buffer, place_partial(buffer, head_dim, rows))

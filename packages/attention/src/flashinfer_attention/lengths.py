@@ -10,8 +10,11 @@ from typing import NamedTuple, Optional
 
 import torch
 
+from flashinfer_attention.checks import refuse_capture
 from flashinfer_core.errors import InvalidArgumentError
-from flashinfer_core.tensors import check_int32
+from flashinfer_core.tensors import check_int32, check_integer, check_readable
+
+_INT32_MAX = 2**31 - 1
 
 
 class Queries(NamedTuple):
@@ -45,7 +48,7 @@ def host_queries(q_indptr: torch.Tensor) -> Queries:
     check_int32("q_indptr", q_indptr)
     if q_indptr.shape[0] == 0:
         raise InvalidArgumentError("q_indptr must have one element more than there are requests, got none")
-    own = _own(q_indptr)
+    own = _own("q_indptr", q_indptr)
     longest = int((own[1:] - own[:-1]).max()) if own.shape[0] > 1 else 0
     return Queries(own, int(own[-1]), longest)
 
@@ -57,16 +60,16 @@ def host_lengths(
     queries = host_queries(q_indptr)
     requests = queries.indptr.shape[0] - 1
     check_int32("kv_indptr", kv_indptr, requests + 1)
-    if page_size is not None and page_size < 1:
-        raise InvalidArgumentError(f"page_size must be at least 1, got {page_size}")
+    if page_size is not None:
+        check_page_size(page_size)
     if page_size is not None and kv_len is None:
         raise InvalidArgumentError("kv_len is needed with pages: the last page of a request may be part full")
-    own = _own(kv_indptr)
+    own = _own("kv_indptr", kv_indptr)
     rows = own[1:] - own[:-1]
     if kv_len is None:
         return Lengths(queries, own, rows, int(own[-1]))
     check_int32("kv_len", kv_len, requests)
-    lengths = Lengths(queries, own, _own(kv_len), int(own[-1]))
+    lengths = Lengths(queries, own, _own("kv_len", kv_len), int(own[-1]))
     _check_room(lengths.kv_len, rows, page_size or 1)
     return lengths
 
@@ -79,14 +82,13 @@ def paged_lengths(queries: Queries, indptr: torch.Tensor, last_page_len: torch.T
     requests = queries.indptr.shape[0] - 1
     check_int32("paged_kv_indptr", indptr, requests + 1)
     check_int32("last_page_len", last_page_len, requests)
-    if page_size < 1:
-        raise InvalidArgumentError(f"page_size must be at least 1, got {page_size}")
-    own, last = _own(indptr), last_page_len.cpu()
+    check_page_size(page_size)
+    own, last = _own("paged_kv_indptr", indptr), _on_host("last_page_len", last_page_len)
     entries = int(own[-1])
     pages = own[1:] - own[:-1]
     if requests == 0:
         return Lengths(queries, own, pages, entries)
-    keys = torch.add(last, pages, alpha=page_size).sub_(page_size)
+    keys = _keys(last, pages, page_size, entries)
     low, high = torch.aminmax(last)
     if int(pages.min()) > 0 and int(low) >= 1 and int(high) <= page_size:
         return Lengths(queries, own, keys, entries)
@@ -100,8 +102,33 @@ def paged_lengths(queries: Queries, indptr: torch.Tensor, last_page_len: torch.T
     return Lengths(queries, own, torch.where(pages > 0, keys, 0), entries)
 
 
-def _own(lengths: torch.Tensor) -> torch.Tensor:
-    return lengths.clone() if lengths.device.type == "cpu" else lengths.cpu()
+def check_page_size(page_size: int) -> None:
+    """Raise unless a page has at least one token, and no more than kernels can count."""
+    if not 1 <= check_integer("page_size", page_size) <= _INT32_MAX:
+        raise InvalidArgumentError(f"page_size must be at least 1 and fit int32, got {page_size}")
+
+
+def _own(name: str, lengths: torch.Tensor) -> torch.Tensor:
+    return lengths.clone() if lengths.device.type == "cpu" else _on_host(name, lengths)
+
+
+def _on_host(name: str, lengths: torch.Tensor) -> torch.Tensor:
+    if lengths.device.type == "cpu":
+        return lengths
+    check_readable(name, lengths)
+    refuse_capture(lengths.device)
+    return lengths.cpu()
+
+
+def _keys(last: torch.Tensor, pages: torch.Tensor, page_size: int, entries: int) -> torch.Tensor:
+    """Count the keys of each request; raise where a request has more than int32 holds."""
+    if entries * page_size <= _INT32_MAX:
+        return torch.add(last, pages, alpha=page_size).sub_(page_size)
+    keys = (pages.long() - 1) * page_size + last
+    if int(keys.max()) > _INT32_MAX:
+        request = int(keys.argmax())
+        raise InvalidArgumentError(f"request {request} has {int(keys[request])} keys, more than int32 holds")
+    return keys.int()
 
 
 def _check_room(kv_len: torch.Tensor, rows: torch.Tensor, page_size: int) -> None:

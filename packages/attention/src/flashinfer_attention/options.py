@@ -5,11 +5,13 @@ An option that is not there yet is never ignored.
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Any, Dict, Optional, Union
 
 import torch
 
+from flashinfer_attention.checks import check_sm_scale
 from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedOptionError
+from flashinfer_core.tensors import check_integer
 
 LOG2_E = 1.4426950408889634  # a natural lse times this is one in base 2, which the compatible interface returns
 
@@ -26,9 +28,12 @@ _NEUTRAL = {
 }
 
 
-def check_options(*, window_left: int = -1, backend: str = "auto", **options: Any) -> None:
+def check_options(
+    *, window_left: int = -1, backend: str = "auto", sm_scale: Optional[float] = None, **options: Any
+) -> None:
     """Raise UnsupportedOptionError for the first option that is set to more than its neutral value."""
-    if window_left >= 0:
+    check_sm_scale(sm_scale)
+    if check_integer("window_left", window_left) >= 0:
         raise UnsupportedOptionError("window_left", window_left, "-1 (no window)")
     if backend not in _BACKENDS:
         raise InvalidArgumentError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
@@ -38,6 +43,18 @@ def check_options(*, window_left: int = -1, backend: str = "auto", **options: An
         if value is not None and (isinstance(value, torch.Tensor) or value not in neutral):
             what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else value
             raise UnsupportedOptionError(name, what, " or ".join(map(repr, neutral)))
+
+
+def old_options(
+    pos_encoding_mode: str, use_fp16_qk_reduction: bool, rope_scale: Optional[float], rope_theta: Optional[float]
+) -> Dict[str, Any]:
+    """Name the options that most calls of FlashInfer take, for `check_options`."""
+    return {
+        "pos_encoding_mode": pos_encoding_mode,
+        "use_fp16_qk_reduction": use_fp16_qk_reduction,
+        "rope_scale": rope_scale,
+        "rope_theta": rope_theta,
+    }
 
 
 def check_arguments(arguments: object) -> None:

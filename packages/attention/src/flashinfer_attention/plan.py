@@ -6,22 +6,34 @@ Planning happens on the host. Lengths in host memory cost no synchronisation; le
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple, Union
 
 import torch
 
-from flashinfer_attention.checks import Problem, check_page_table, checks_pages, make_problem
-from flashinfer_attention.launch import Kernels, Partial, load_kernels, partial_bytes, place_partial, structures
+from flashinfer_attention.checks import Problem, check_page_table, is_capturing, make_problem, refuse_capture
+from flashinfer_attention.launch import (
+    Kernels,
+    Partial,
+    allocate_partial,
+    load_kernels,
+    place_partial,
+    stream_of,
+    structures,
+)
 from flashinfer_attention.lengths import Lengths, host_lengths
 from flashinfer_attention.workspace import Frozen, Workspace
 from flashinfer_core import planner
 from flashinfer_core.errors import InvalidArgumentError
-from flashinfer_core.tensors import KeyValue, check_tensor
+from flashinfer_core.tensors import KeyValue, check_tensor, checks_tables
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What `attention` runs. Holds no lengths but those that its checks need; any number of threads may run it."""
+    """What `attention` runs.
+
+    On CPUs any number of threads may run it at once. On a GPU its runs share the workspace's partial buffer, so they
+    belong to one stream at a time, and a newer plan in the same workspace ends it.
+    """
 
     problem: Problem
     page_size: Optional[int]  # None: keys are ragged
@@ -33,7 +45,9 @@ class Plan:
     merge_workers: int  # 0: there is nothing to merge
     attention_params: Any
     merge_params: Any
-    buffers: Tuple[torch.Tensor, ...]  # keeps alive what the params point to
+    work: torch.Tensor  # the work list, to which the params point
+    generation: int  # of `work`
+    partial: Partial
 
     @property
     def tokens(self) -> int:
@@ -57,19 +71,38 @@ class Plan:
             raise InvalidArgumentError(
                 f"page_table must have at least {self.lengths.entries} entries, got {page_table.shape[0]}"
             )
-        if self.checks_pages and not _is_capturing(self.problem):
+        if self.checks_pages and not is_capturing(self.problem.device):
             check_page_table(page_table, self.lengths.kv_indptr, self.lengths.kv_len, self.page_size, kv.pages)
 
-    def check_rows(self, rows: int) -> None:
-        """Raise unless q of `rows` rows suits a fixed workspace; while a graph captures, hold later plans to it."""
+    def check_current(self, rows: int, page_table: Optional[torch.Tensor]) -> None:
+        """Raise where q is too short or a newer plan replaced this one; while a graph captures, note what it holds."""
         if rows < self.tokens:
             raise InvalidArgumentError(f"q must have at least the {self.tokens} planned rows, got {rows}")
-        if _is_capturing(self.problem):
-            self.workspace.note_capture(rows)
+        self.workspace.check_generation(self.work, self.generation)
+        if is_capturing(self.problem.device):
+            self.workspace.note_capture(rows, (self.work, page_table))
 
+    def launch(self, attention: Any, merge: Any) -> None:
+        """Launch both kernels with copies of the params that are filled in."""
+        workspace = self.workspace
+        stream = stream_of(self.problem.device)
+        if not self.merge_workers or not self.problem.is_cpu:
+            self._launch(attention, merge, stream)
+        elif workspace.partial_lock.acquire(blocking=False):
+            try:
+                self._launch(attention, merge, stream)
+            finally:
+                workspace.partial_lock.release()
+        else:
+            own = allocate_partial(self.partial.rows, self.problem.head_dim, self.problem.device)
+            attention.partial_o = merge.partial_o = own.place.o
+            attention.partial_lse = merge.partial_lse = own.place.lse
+            self._launch(attention, merge, stream)
 
-def _is_capturing(problem: Problem) -> bool:
-    return not problem.is_cpu and torch.cuda.is_current_stream_capturing()
+    def _launch(self, attention: Any, merge: Any, stream: int) -> None:
+        self.kernels.attention.launch(attention, workers=self.kernels.workers, stream=stream)
+        if self.merge_workers:
+            self.kernels.merge.launch(merge, workers=self.merge_workers, stream=stream)
 
 
 def plan_attention(
@@ -83,7 +116,7 @@ def plan_attention(
     page_size: Optional[int] = None,
     causal: bool = False,
     dtype: torch.dtype,
-    device: torch.device | str,
+    device: Union[torch.device, str],
     workspace: Optional[Workspace] = None,
 ) -> Plan:
     """Turn lengths into equal pieces of work for the workers of `device`.
@@ -105,46 +138,14 @@ def plan_lengths(
     problem: Problem, page_size: Optional[int], lengths: Lengths, workspace: Optional[Workspace] = None
 ) -> Plan:
     """Plan lengths that are on the host already; the rest of `plan_attention`."""
-    queries = lengths.queries
-    if workspace is not None and workspace.frozen is not None:
-        workspace.check_fits(problem, page_size, queries.tokens)
-        kernels, partial = workspace.frozen.kernels, workspace.frozen.partial
-    else:
-        kernels = load_kernels(problem, queries.longest * problem.group)
-        if workspace is None:
-            size = partial_bytes(kernels.useful_partial_rows, problem.head_dim)
-            workspace = Workspace(torch.empty(size, dtype=torch.uint8, device=problem.device))
-        partial = place_partial(workspace.partial, problem.head_dim, kernels.useful_partial_rows)
-
-    bound = planner.plan_bytes(
-        total_q=queries.tokens,
-        num_requests=lengths.num_requests,
-        group=kernels.group,
-        kv_heads=kernels.kv_heads,
-        tile_rows=kernels.tile_rows,
-        num_workers=kernels.workers,
-    )
-    host = torch.empty(bound, dtype=torch.uint8, pin_memory=not problem.is_cpu)
-    counts = planner.plan(
-        q_indptr=queries.indptr.data_ptr(),
-        kv_indptr=lengths.kv_indptr.data_ptr(),
-        kv_len=lengths.kv_len.data_ptr(),
-        num_requests=lengths.num_requests,
-        group=kernels.group,
-        kv_heads=kernels.kv_heads,
-        tile_rows=kernels.tile_rows,
-        kv_tile=kernels.kv_tile,
-        causal=problem.causal,
-        num_workers=kernels.workers,
-        max_partial_rows=partial.rows,
-        out=host.data_ptr(),
-        out_bytes=bound,
-    )
+    refuse_capture(problem.device)
+    kernels, partial, workspace = _room(problem, page_size, lengths, workspace)
+    work = _write(problem, lengths, kernels, partial)
     fixes_now = workspace.fixed and workspace.frozen is None
-    work = workspace.upload(host, counts.used_bytes, bound if fixes_now else counts.used_bytes)
+    uploaded = workspace.upload(work.host, work.used_bytes, work.host.numel() if fixes_now else work.used_bytes)
     if fixes_now:
-        workspace.freeze(Frozen(problem, page_size, kernels, partial), queries.tokens)
-    merges = counts.num_merges
+        workspace.freeze(Frozen(problem, page_size, kernels, partial), lengths.queries.tokens)
+    merges = work.num_merges
     if workspace.fixed:
         merges = kernels.workers - 1 if partial.rows > 0 else 0
     return Plan(
@@ -153,15 +154,66 @@ def plan_lengths(
         kernels=kernels,
         workspace=workspace,
         lengths=lengths,
-        checks_pages=checks_pages(),
+        checks_pages=checks_tables(),
         # What a captured graph does is decided on the device: another plan may bring tokens, and as many merges as
         # there are cuts between workers.
-        is_empty=queries.tokens == 0 and not workspace.fixed,
+        is_empty=lengths.queries.tokens == 0 and not workspace.fixed,
         merge_workers=kernels.merge_workers(merges),
-        attention_params=_attention_params(problem, page_size, kernels, partial, work.data_ptr()),
-        merge_params=_merge_params(problem, kernels, partial, work.data_ptr()),
-        buffers=(work, workspace.partial),
+        attention_params=_attention_params(problem, page_size, kernels, partial, uploaded.data_ptr()),
+        merge_params=_merge_params(problem, kernels, partial, uploaded.data_ptr()),
+        work=uploaded,
+        generation=workspace.generation,
+        partial=partial,
     )
+
+
+def _room(
+    problem: Problem, page_size: Optional[int], lengths: Lengths, workspace: Optional[Workspace]
+) -> Tuple[Kernels, Partial, Workspace]:
+    """Return the kernels, and where their partial results go: as a captured graph has them, else as is best."""
+    if workspace is not None and workspace.frozen is not None:
+        workspace.check_fits(problem, page_size, lengths.queries.tokens)
+        return workspace.frozen.kernels, workspace.frozen.partial, workspace
+    kernels = load_kernels(problem, lengths.queries.longest * problem.group)
+    if workspace is None:
+        workspace = Workspace(allocate_partial(kernels.useful_partial_rows, problem.head_dim, problem.device).buffer)
+    return kernels, place_partial(workspace.partial, problem.head_dim, kernels.useful_partial_rows), workspace
+
+
+class _Work(NamedTuple):
+    """A work list in host memory, pinned for a GPU."""
+
+    host: torch.Tensor
+    used_bytes: int
+    num_merges: int
+
+
+def _write(problem: Problem, lengths: Lengths, kernels: Kernels, partial: Partial) -> _Work:
+    bound = planner.plan_bytes(
+        total_q=lengths.queries.tokens,
+        num_requests=lengths.num_requests,
+        group=kernels.tile_group,
+        kv_heads=kernels.tile_kv_heads,
+        tile_rows=kernels.tile_rows,
+        num_workers=kernels.workers,
+    )
+    host = torch.empty(bound, dtype=torch.uint8, pin_memory=not problem.is_cpu)
+    counts = planner.plan(
+        q_indptr=lengths.queries.indptr.data_ptr(),
+        kv_indptr=lengths.kv_indptr.data_ptr(),
+        kv_len=lengths.kv_len.data_ptr(),
+        num_requests=lengths.num_requests,
+        group=kernels.tile_group,
+        kv_heads=kernels.tile_kv_heads,
+        tile_rows=kernels.tile_rows,
+        kv_tile=kernels.kv_tile,
+        causal=problem.causal,
+        num_workers=kernels.workers,
+        max_partial_rows=partial.rows,
+        out=host.data_ptr(),
+        out_bytes=bound,
+    )
+    return _Work(host, counts.used_bytes, counts.num_merges)
 
 
 def _attention_params(problem: Problem, page_size: Optional[int], kernels: Kernels, partial: Partial, work: int) -> Any:
@@ -186,7 +238,7 @@ def _merge_params(problem: Problem, kernels: Kernels, partial: Partial, work: in
         merges=work + offsets.merges,
         num_merges=work + offsets.num_merges,
         tile_rows=kernels.tile_rows,
-        kv_heads=kernels.kv_heads,
-        group=kernels.group,
+        kv_heads=kernels.tile_kv_heads,
+        group=kernels.tile_group,
         head_dim=problem.head_dim,
     )

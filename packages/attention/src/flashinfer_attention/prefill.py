@@ -12,10 +12,11 @@ import torch
 
 from flashinfer_attention.attention import run_single
 from flashinfer_attention.lengths import host_queries
-from flashinfer_attention.options import LOG2_E, check_options, common_dtype
+from flashinfer_attention.options import LOG2_E, check_options, common_dtype, old_options
 from flashinfer_attention.ragged import BatchPrefillWithRaggedKVCacheWrapper
-from flashinfer_attention.wrapper import DataType, Output, PagedWrapper, graph_buffer
-from flashinfer_core.tensors import PagedCache, key_value
+from flashinfer_attention.wrapper import DataType, Output, PagedWrapper, Scalars, graph_buffer
+from flashinfer_core.errors import InvalidArgumentError
+from flashinfer_core.tensors import PagedCache, check_tensor, key_value
 
 __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
@@ -47,9 +48,9 @@ def single_prefill_with_kv_cache(
 
     q: [qo_len, num_qo_heads, head_dim]. k, v: [kv_len, num_kv_heads, head_dim], with kv_layout HND [num_kv_heads,
     kv_len, head_dim]; any strides with a contiguous last dimension. causal: query i sees keys up to
-    i + kv_len - qo_len; a query that sees none has o = 0 and lse = -inf. sm_scale: None means 1/sqrt(head_dim).
-    backend: auto, fa2 and fa3 name the same kernels. lse: float32 [qo_len, num_qo_heads], base 2.
-    Raises InvalidArgumentError, InvalidTypeError, and UnsupportedOptionError for every other option that is set.
+    i + kv_len - qo_len, and kv_len must be at least qo_len. Without keys o = 0 and lse = -inf. sm_scale: positive; None
+    means 1/sqrt(head_dim). backend: auto, fa2 and fa3 name the same kernels. lse: float32 [qo_len, num_qo_heads], in
+    base 2. Raises InvalidArgumentError, InvalidTypeError; UnsupportedOptionError for every other option that is set.
     """
     check_options(
         custom_mask=custom_mask,
@@ -58,11 +59,18 @@ def single_prefill_with_kv_cache(
         use_fp16_qk_reduction=use_fp16_qk_reduction,
         window_left=window_left,
         logits_soft_cap=logits_soft_cap,
+        sm_scale=sm_scale,
         rope_scale=rope_scale,
         rope_theta=rope_theta,
         backend=backend,
     )
+    check_tensor("q", q, (None, None, None))
     kv = key_value(k, v, paged=False, kv_layout=kv_layout)
+    if causal and kv.pages < q.shape[0]:
+        raise InvalidArgumentError(
+            f"with causal=True there must be at least as many keys as queries, got {kv.pages} and {q.shape[0]}",
+            remedy="a batch wrapper gives o = 0 and lse = -inf for queries that see no key",
+        )
     both = run_single(q, kv, causal=causal, sm_scale=sm_scale, lse_scale=LOG2_E, wants_lse=return_lse)
     return cast(Output, both if return_lse else both[0])
 
@@ -106,7 +114,9 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
             paged_kv_indices_buf,
             paged_kv_last_page_len_buf,
         )
-        self._qo_indptr_buf = graph_buffer("qo_indptr_buf", qo_indptr_buf, self.device) if use_cuda_graph else None
+        self._qo_indptr_buf: Optional[torch.Tensor] = None
+        if self._buffers is not None:
+            self._qo_indptr_buf = graph_buffer("qo_indptr_buf", qo_indptr_buf, self.device, self._buffers[0].shape[0])
 
     def plan(
         self,
@@ -141,16 +151,14 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         synchronisation; lengths on a GPU are copied back, which waits.
         Raises InvalidArgumentError, InvalidTypeError, WorkspaceError, and UnsupportedOptionError that names the option.
         """
+        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
+        options = old_options(pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
         check_options(
             head_dim_vo=None if head_dim_vo == head_dim_qk else head_dim_vo,
             custom_mask=custom_mask,
             packed_custom_mask=packed_custom_mask,
-            pos_encoding_mode=pos_encoding_mode,
-            use_fp16_qk_reduction=use_fp16_qk_reduction,
-            window_left=window_left,
-            logits_soft_cap=logits_soft_cap,
-            rope_scale=rope_scale,
-            rope_theta=rope_theta,
+            **options,
+            **scalars._asdict(),
         )
         self._plan_pages(
             host_queries(qo_indptr),
@@ -163,11 +171,11 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
             page_size,
             causal=causal,
             dtype=common_dtype(q_data_type, kv_data_type),
+            scalars=scalars,
             non_blocking=non_blocking,
         )
         if self._qo_indptr_buf is not None:
             self._qo_indptr_buf.copy_(qo_indptr, non_blocking=non_blocking)
-        self._sm_scale = sm_scale
 
     begin_forward = plan
 
@@ -208,9 +216,12 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         rope_theta: Optional[float] = None,
     ) -> torch.Tensor:
         """Set mask and scalars anew and run; kept for old callers, see `run`."""
-        options = (pos_encoding_mode, use_fp16_qk_reduction, window_left, logits_soft_cap, rope_scale, rope_theta)
-        self._set_scalars(causal, sm_scale, *options)
-        return cast(torch.Tensor, self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale))
+        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
+        options = old_options(pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
+        o = self._forward(
+            (q, paged_kv_cache), causal, scalars, options, return_lse=False, k_scale=k_scale, v_scale=v_scale
+        )
+        return cast(torch.Tensor, o)
 
     def forward_return_lse(
         self,
@@ -228,7 +239,9 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         rope_theta: Optional[float] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Set mask and scalars anew and run with return_lse; kept for old callers, see `run`."""
-        options = (pos_encoding_mode, use_fp16_qk_reduction, window_left, logits_soft_cap, rope_scale, rope_theta)
-        self._set_scalars(causal, sm_scale, *options)
-        both = self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=True)
+        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
+        options = old_options(pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
+        both = self._forward(
+            (q, paged_kv_cache), causal, scalars, options, return_lse=True, k_scale=k_scale, v_scale=v_scale
+        )
         return cast(Tuple[torch.Tensor, torch.Tensor], both)

@@ -12,9 +12,9 @@ import torch
 
 from flashinfer_attention.checks import make_problem
 from flashinfer_attention.lengths import host_lengths
-from flashinfer_attention.options import check_arguments, check_options, common_dtype
+from flashinfer_attention.options import check_arguments, check_options, common_dtype, old_options
 from flashinfer_attention.plan import plan_lengths
-from flashinfer_attention.wrapper import DataType, Output, Wrapper, graph_buffer
+from flashinfer_attention.wrapper import DataType, Output, Scalars, Wrapper, graph_buffer
 from flashinfer_core.errors import InvalidArgumentError
 from flashinfer_core.tensors import key_value
 
@@ -46,10 +46,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
         self._buffers: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
         if use_cuda_graph:
-            self._buffers = (
-                graph_buffer("qo_indptr_buf", qo_indptr_buf, self.device),
-                graph_buffer("kv_indptr_buf", kv_indptr_buf, self.device),
-            )
+            queries = graph_buffer("qo_indptr_buf", qo_indptr_buf, self.device)
+            self._buffers = (queries, graph_buffer("kv_indptr_buf", kv_indptr_buf, self.device, queries.shape[0]))
 
     def plan(
         self,
@@ -78,16 +76,14 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         keys up to i + kv_len - qo_len. Lengths on the host cost no synchronisation; lengths on a GPU are copied back.
         Raises InvalidArgumentError, InvalidTypeError, WorkspaceError, and UnsupportedOptionError that names the option.
         """
+        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
+        options = old_options(pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
         check_options(
             head_dim_vo=None if head_dim_vo == head_dim_qk else head_dim_vo,
             custom_mask=custom_mask,
             packed_custom_mask=packed_custom_mask,
-            pos_encoding_mode=pos_encoding_mode,
-            use_fp16_qk_reduction=use_fp16_qk_reduction,
-            window_left=window_left,
-            logits_soft_cap=logits_soft_cap,
-            rope_scale=rope_scale,
-            rope_theta=rope_theta,
+            **options,
+            **scalars._asdict(),
         )
         dtype = common_dtype(q_data_type, kv_data_type)
         problem = make_problem(num_qo_heads, num_kv_heads, head_dim_qk, causal, dtype, self.device)
@@ -96,10 +92,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
             raise InvalidArgumentError(
                 f"the CUDA graph is for batches of {self._buffers[0].shape[0] - 1} requests, got {lengths.num_requests}"
             )
-        self._plan = plan_lengths(problem, None, lengths, self._workspace)
+        plan = plan_lengths(problem, None, lengths, self._workspace)
         for buffer, indptr in zip(self._buffers or (), (qo_indptr, kv_indptr)):
             buffer.copy_(indptr, non_blocking=True)
-        self._sm_scale = sm_scale
+        self._take(plan, scalars)
 
     begin_forward = plan
 
@@ -140,9 +136,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         rope_theta: Optional[float] = None,
     ) -> torch.Tensor:
         """Set mask and scalars anew and run; kept for old callers, see `run`."""
-        options = (pos_encoding_mode, use_fp16_qk_reduction, window_left, logits_soft_cap, rope_scale, rope_theta)
-        self._set_scalars(causal, sm_scale, *options)
-        return cast(torch.Tensor, self.run(q, k, v))
+        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
+        options = old_options(pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
+        o = self._forward((q, k, v), causal, scalars, options, return_lse=False)
+        return cast(torch.Tensor, o)
 
     def forward_return_lse(
         self,
@@ -159,6 +156,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         rope_theta: Optional[float] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Set mask and scalars anew and run with return_lse; kept for old callers, see `run`."""
-        options = (pos_encoding_mode, use_fp16_qk_reduction, window_left, logits_soft_cap, rope_scale, rope_theta)
-        self._set_scalars(causal, sm_scale, *options)
-        return cast(Tuple[torch.Tensor, torch.Tensor], self.run(q, k, v, return_lse=True))
+        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
+        options = old_options(pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
+        both = self._forward((q, k, v), causal, scalars, options, return_lse=True)
+        return cast(Tuple[torch.Tensor, torch.Tensor], both)

@@ -6,8 +6,9 @@ buffer, and that is checked.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Any, List, Optional, Union
 
 import torch
 
@@ -35,7 +36,10 @@ class Workspace:
     [any] on the same device, for the work list; None: allocated, and replaced when a plan needs more. fixed: keep
     addresses, kernels and grid of the first plan, so that a captured CUDA graph replays with every later one; the work
     list then has room for the first plan's tokens and requests with any lengths.
-    A workspace belongs to one stream at a time. Raises InvalidTypeError, InvalidArgumentError.
+    On a GPU a workspace belongs to one stream at a time, and holds one work list: a newer plan ends the older ones.
+    What a graph captured without `fixed` is kept as long as the workspace, and a later plan gets another work list.
+    On CPUs work lists belong to their plans, and threads may run plans of one workspace at once.
+    Raises InvalidTypeError, InvalidArgumentError.
     """
 
     def __init__(self, partial: torch.Tensor, plan: Optional[torch.Tensor] = None, *, fixed: bool = False) -> None:
@@ -54,16 +58,26 @@ class Workspace:
         self.frozen: Optional[Frozen] = None
         self.max_tokens = 0
         self.is_captured = False
+        self.host: Optional[torch.Tensor] = None
+        # Counts what was written to `plan`.
+        self.generation = 0
+        # Whoever runs on a CPU takes `partial` with this, or has a buffer of its own.
+        self.partial_lock = threading.Lock()
+        self._captured: List[Any] = []
 
     def upload(self, host: torch.Tensor, used: int, needed: int) -> torch.Tensor:
         """Copy `used` bytes of a plan from pinned memory to a buffer of at least `needed`; on a CPU, keep it there."""
+        self.host = host
         if host.device == self.partial.device:
             return host
         buffer = self._reserve(needed)
+        self.generation += 1
         buffer[:used].copy_(host[:used], non_blocking=True)
         return buffer
 
     def _reserve(self, needed: int) -> torch.Tensor:
+        if self.is_captured and not self.fixed:
+            self._leave_to_graph()
         held = 0 if self.plan is None else self.plan.numel()
         if self.plan is not None and needed <= held:
             return self.plan
@@ -80,6 +94,15 @@ class Workspace:
         # Doubling keeps growing batches from allocating in every step.
         self.plan = torch.empty(max(needed, 2 * held), dtype=torch.uint8, device=self.partial.device)
         return self.plan
+
+    def _leave_to_graph(self) -> None:
+        if not self.grows:
+            raise WorkspaceError(
+                "a CUDA graph was captured with the work list in the int workspace",
+                remedy="pass reset_workspace_buffer() another one, or capture with use_cuda_graph=True",
+            )
+        self.plan = None
+        self.is_captured = False
 
     def freeze(self, frozen: Frozen, tokens: int) -> None:
         """Keep what a CUDA graph captured from now on holds by value."""
@@ -106,10 +129,19 @@ class Workspace:
                 remedy="plan and capture the batch with most tokens first",
             )
 
-    def note_capture(self, rows: int) -> None:
-        """Remember that a graph now holds a q and o of `rows` rows."""
+    def check_generation(self, work: torch.Tensor, generation: int) -> None:
+        """Raise where a newer plan was written over the work list that was uploaded as this generation."""
+        if generation != self.generation and work is self.plan:
+            raise WorkspaceError(
+                "a newer plan has replaced this one in their workspace",
+                remedy="run the newest plan, or give each plan a workspace of its own",
+            )
+
+    def note_capture(self, rows: int, held: Any) -> None:
+        """Remember that a graph now holds a q and o of `rows` rows, and keep alive what it reads of ours."""
         self.is_captured = True
         self.max_tokens = min(self.max_tokens, rows)
+        self._captured.append(held)
 
 
 def _check_buffer(name: str, buffer: torch.Tensor) -> None:
@@ -125,7 +157,7 @@ def workspace_bytes(
     num_kv_heads: int,
     head_dim: int,
     max_q_len: int = 1,
-    device: torch.device | str = "cuda",
+    device: Union[torch.device, str] = "cuda",
     num_sms: Optional[int] = None,
 ) -> int:
     """Return the bytes of partial buffer beyond which no plan of these maxima splits any better.

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Optional, Tuple, Union, cast
+from typing import Any, NamedTuple, Optional, Tuple, Union, cast
 
 import torch
 
 from flashinfer_attention.attention import run
-from flashinfer_attention.checks import make_problem
+from flashinfer_attention.checks import make_problem, refuse_capture
 from flashinfer_attention.lengths import Queries, paged_lengths
 from flashinfer_attention.options import LOG2_E, check_arguments, check_options
 from flashinfer_attention.plan import Plan, plan_lengths
 from flashinfer_attention.workspace import Workspace
 from flashinfer_core.errors import InvalidArgumentError, WorkspaceError
-from flashinfer_core.tensors import KeyValue, PagedCache, check_int32, check_layout, paged_key_value
+from flashinfer_core.tensors import KeyValue, PagedCache, check_int32, check_layout, check_readable, paged_key_value
 
 DataType = Union[str, torch.dtype]
 Output = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]
 
 
+class Scalars(NamedTuple):
+    """What `plan` fixes and `forward` may set anew, beside the mask."""
+
+    sm_scale: Optional[float]
+    window_left: int
+    logits_soft_cap: Optional[float]
+
+
 class Wrapper:
-    """Plan once, run often. Subclasses translate arguments."""
+    """Plan once, run often. Subclasses translate arguments.
+
+    `_causal`, `_sm_scale`, `_window_left`, `_logits_soft_cap` and the three workspace buffers have the names under
+    which vLLM reads them.
+    """
 
     def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str, use_cuda_graph: bool) -> None:
         check_layout(kv_layout)
@@ -29,7 +41,10 @@ class Wrapper:
         self._use_cuda_graph = bool(use_cuda_graph)
         self._workspace = Workspace(float_workspace_buffer, fixed=self._use_cuda_graph)
         self._plan: Optional[Plan] = None
+        self._causal = False
         self._sm_scale: Optional[float] = None
+        self._window_left = -1
+        self._logits_soft_cap = 0.0
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -40,6 +55,20 @@ class Wrapper:
     def device(self) -> torch.device:
         """Return the device of the workspace, on which everything runs."""
         return self._workspace.partial.device
+
+    @property
+    def _float_workspace_buffer(self) -> torch.Tensor:
+        return self._workspace.partial
+
+    @property
+    def _int_workspace_buffer(self) -> torch.Tensor:
+        plan = self._workspace.plan
+        return torch.empty(0, dtype=torch.uint8, device=self.device) if plan is None else plan
+
+    @property
+    def _pin_memory_int_workspace_buffer(self) -> torch.Tensor:
+        host = self._workspace.host
+        return torch.empty(0, dtype=torch.uint8) if host is None else host
 
     def reset_workspace_buffer(
         self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: Optional[torch.Tensor]
@@ -61,31 +90,24 @@ class Wrapper:
             raise InvalidArgumentError("there is no plan yet", remedy="call plan() before run()")
         return self._plan
 
-    def _set_scalars(
-        self,
-        causal: bool,
-        sm_scale: Optional[float],
-        pos_encoding_mode: str,
-        use_fp16_qk_reduction: bool,
-        window_left: int,
-        logits_soft_cap: Optional[float],
-        rope_scale: Optional[float],
-        rope_theta: Optional[float],
-    ) -> None:
-        """Take what `forward` may set anew; plan the same lengths again where the mask changes."""
-        check_options(
-            pos_encoding_mode=pos_encoding_mode,
-            use_fp16_qk_reduction=use_fp16_qk_reduction,
-            window_left=window_left,
-            logits_soft_cap=logits_soft_cap,
-            rope_scale=rope_scale,
-            rope_theta=rope_theta,
-        )
-        self._sm_scale = sm_scale
+    def _take(self, plan: Plan, scalars: Scalars) -> None:
+        """Replace the plan, when nothing can fail any more."""
+        self._plan = plan
+        self._causal = plan.problem.causal
+        self._sm_scale, self._window_left = scalars.sm_scale, scalars.window_left
+        self._logits_soft_cap = scalars.logits_soft_cap or 0.0
+
+    def _forward(
+        self, inputs: Tuple[Any, ...], causal: bool, scalars: Scalars, options: Any, *, return_lse: bool, **scales: Any
+    ) -> Any:
+        """Set mask and scalars anew and run; plan the same lengths again where the mask changes."""
+        check_options(**options, **scalars._asdict())
         plan = self._planned()
         if plan.problem.causal != causal:
-            problem = replace(plan.problem, causal=causal)
-            self._plan = plan_lengths(problem, plan.page_size, plan.lengths, self._workspace)
+            problem = replace(plan.problem, causal=bool(causal))
+            plan = plan_lengths(problem, plan.page_size, plan.lengths, self._workspace)
+        self._take(plan, scalars)
+        return cast(Any, self).run(*inputs, return_lse=return_lse, **scales)
 
     def _run(
         self,
@@ -139,16 +161,22 @@ class PagedWrapper(Wrapper):
         page_size: int,
         causal: bool,
         dtype: torch.dtype,
+        scalars: Scalars,
         non_blocking: bool,
     ) -> None:
         check_int32("paged_kv_indices", indices)
+        check_readable("paged_kv_indices", indices)
         problem = make_problem(num_qo_heads, num_kv_heads, head_dim, causal, dtype, self.device)
         lengths = paged_lengths(queries, indptr, last_page_len, page_size)
         if indices.shape[0] < lengths.entries:
             raise InvalidArgumentError(f"indptr names {lengths.entries} pages, but indices has {indices.shape[0]}")
         self._check_room(lengths.num_requests, lengths.entries)
-        self._plan = plan_lengths(problem, page_size, lengths, self._workspace)
-        self._page_table = self._store(indptr, indices, last_page_len, lengths.entries, non_blocking)
+        refuse_capture(self.device)
+        page_table = self._buffers[1] if self._buffers else indices.to(self.device, non_blocking=non_blocking)
+        plan = plan_lengths(problem, page_size, lengths, self._workspace)
+        self._store(indptr, indices, last_page_len, lengths.entries, non_blocking)
+        self._page_table = page_table
+        self._take(plan, scalars)
 
     def _check_room(self, requests: int, entries: int) -> None:
         if self._buffers is None:
@@ -166,14 +194,13 @@ class PagedWrapper(Wrapper):
 
     def _store(
         self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, entries: int, non_blocking: bool
-    ) -> torch.Tensor:
+    ) -> None:
         if self._buffers is None:
-            return indices.to(self.device, non_blocking=non_blocking)
+            return
         indptr_buffer, indices_buffer, last_buffer = self._buffers
         indptr_buffer.copy_(indptr, non_blocking=non_blocking)
         last_buffer.copy_(last_page_len, non_blocking=non_blocking)
         indices_buffer[:entries].copy_(indices[:entries], non_blocking=non_blocking)
-        return indices_buffer
 
     def _run_pages(
         self,
@@ -192,11 +219,13 @@ class PagedWrapper(Wrapper):
         return self._run(q, paged_key_value(cache, self._kv_layout), self._page_table, out, lse, return_lse)
 
 
-def graph_buffer(name: str, buffer: Optional[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Return a buffer that use_cuda_graph needs, or raise."""
+def graph_buffer(
+    name: str, buffer: Optional[torch.Tensor], device: torch.device, size: Optional[int] = None
+) -> torch.Tensor:
+    """Return a buffer that use_cuda_graph needs, of `size` elements where given, or raise."""
     if buffer is None:
         raise InvalidArgumentError(f"use_cuda_graph=True needs {name}")
-    check_int32(name, buffer)
+    check_int32(name, buffer, size)
     if buffer.device != device:
         raise InvalidArgumentError(f"{name} must be on {device}, got {buffer.device}")
     return buffer
