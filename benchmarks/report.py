@@ -1,8 +1,9 @@
-"""Tables that print while they grow and are written as Markdown, with the date, the device and the command."""
+"""Tables that print while they grow and are written as Markdown, with date, device, commit and command."""
 
 from __future__ import annotations
 
 import datetime
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional, Sequence
@@ -39,12 +40,28 @@ def _cell(value: object) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
+HERE = Path(__file__).resolve().parent
+
+
+def commit(folder: Path = HERE) -> str:
+    """Return the commit of the checkout that `folder` is in, with a plus where files differ; empty outside of one."""
+    git = ["git", "-C", str(folder)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except OSError:  # no git
+        return ""
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else ""
+
+
 def write_report(device: str, command: str, tables: Sequence[Table], path: Optional[Path]) -> None:
     """Write the tables to `path`, if given, below a line that says what was measured where and when."""
     if path is None:
         return
     date = datetime.date.today().isoformat()
-    versions = f"flashinfer {flashinfer.__version__}, torch {torch.__version__}"
+    here = commit()
+    source = f"commit {here}" if here else f"version {flashinfer.__version__}"
+    versions = f"flashinfer {source}, torch {torch.__version__}"
     head = f"# {device}\n\n{date}, {versions}. Regenerate: `{command} --write {path}`\n\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(head + "\n".join(table.markdown() for table in tables))
