@@ -63,7 +63,7 @@ def test_greedy_tokens_equal_eager_ones(model: Any, references: list[Request], p
         engine.cache.fill_(float("nan"))
     for ours, reference in zip(answer(engine, requests(*LENGTHS), LIMIT), references):
         found = compare(ours, reference)
-        assert found.tokens is None, found
+        assert found.verdict(0.0) == "equal", found
         assert len(ours.answer) == LIMIT
         assert found.logit_error < 1e-4
 
@@ -82,8 +82,35 @@ def test_a_full_cache_says_so(model: Any) -> None:
         answer(PagedLlama(model, num_pages=2, page_size=4), requests(9), 1)
 
 
+def answered(tokens: list[int], *rows: list[float]) -> Request:
+    return Request([0], answer=tokens, logits=[torch.tensor(row) for row in rows])
+
+
 def test_compare_names_the_first_difference() -> None:
-    row = torch.tensor([0.0, 3.0, 2.5])
-    ours, reference = (Request([0], answer=[1, token], logits=[row, row]) for token in (1, 2))
-    found = compare(ours, reference)
+    row = [0.0, 3.0, 2.5]
+    found = compare(answered([1, 1], row, row), answered([1, 2], row, row))
     assert (found.agreed, found.tokens, found.margin) == (1, (1, 2), 0.5)
+    assert (found.passes(0.5), found.passes(0.4)) == (True, False)
+    assert (found.verdict(0.5), found.verdict(0.4)) == ("a tie at token 1", "DIFFERENT at token 1")
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("nan_row", [[NAN, 3.0, 2.5], [0.0, NAN, 2.5], [NAN, NAN, NAN]], ids=["other", "winner", "all"])
+@pytest.mark.parametrize("tokens", [[1, 1], [1, 2]], ids=["equal", "different"])
+def test_a_logit_that_is_not_finite_never_passes(nan_row: list[float], tokens: list[int]) -> None:
+    row = [0.0, 3.0, 2.5]
+    for ours, reference in ((nan_row, row), (row, nan_row), (nan_row, nan_row)):
+        found = compare(answered([1, 1], row, ours), answered(tokens, row, reference))
+        assert not found.passes(1e9)
+        assert found.verdict(1e9).startswith("NOT FINITE")
+
+
+def test_a_prefix_is_not_equal() -> None:
+    row = [0.0, 3.0, 2.5]
+    for ours, reference in (([1], [1, 1]), ([1, 1], [1]), ([], [1])):
+        found = compare(answered(ours, *[row] * len(ours)), answered(reference, *[row] * len(reference)))
+        assert not found.passes(1e9)
+        assert found.verdict(1e9) == f"ONE ENDS at token {min(len(ours), len(reference))}"
+    assert compare(answered([1], row), answered([1], row)).verdict(0.0) == "equal"

@@ -31,7 +31,7 @@ TIE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 1.0}
 
 
 def main() -> int:
-    """Run the demo; return 1 when greedy tokens differ by more than a tie."""
+    """Run the demo; return 1 when greedy tokens differ by more than a tie, in number, or a logit is not finite."""
     options = parse()
     console = Console(highlight=False)
     begin = perf_counter()
@@ -48,7 +48,7 @@ def main() -> int:
     console.print(differences(tokenizer, comparisons, TIE[options.dtype]), markup=False, soft_wrap=True)
     console.print(speed(engine.timing, timing))
     console.print(f"{perf_counter() - begin:.0f} s in total")
-    return int(any(comparison.margin > TIE[options.dtype] for comparison in comparisons))
+    return int(not all(comparison.passes(TIE[options.dtype]) for comparison in comparisons))
 
 
 def parse() -> argparse.Namespace:
@@ -138,10 +138,8 @@ def correctness(requests: Sequence[Request], comparisons: Sequence[Comparison], 
     for name in ("prompt", "tokens in", "answered", "largest logit error", "result"):
         table.add_column(name, justify="left" if name == "result" else "right")
     for number, (request, found) in enumerate(zip(requests, comparisons), 1):
-        verdict = "a tie" if found.margin <= tie else "DIFFERENT"
-        result = "equal" if found.tokens is None else f"{verdict} at token {found.agreed}"
         counts = (str(number), str(len(request.prompt)), str(len(request.answer)))
-        table.add_row(*counts, f"{found.logit_error:.1e}", result)
+        table.add_row(*counts, f"{found.logit_error:.1e}", found.verdict(tie))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -38,25 +39,42 @@ class Comparison:
     """How one answer relates to the reference's; logits are compared as long as both saw the same tokens."""
 
     agreed: int  # leading tokens that are equal
-    logit_error: float  # largest |ours - reference| over the logits before each of them
+    logit_error: float  # largest |ours - reference| over the logits before each of them; inf where one is not finite
     tokens: tuple[int, int] | None = None  # (ours, reference) at the first difference, None when all are equal
     our_logits: tuple[float, float] = (0.0, 0.0)  # of these two tokens
     reference_logits: tuple[float, float] = (0.0, 0.0)
+    same_length: bool = True  # where all tokens are equal as far as both answers go
 
     @property
     def margin(self) -> float:
         """How far both would have to move to agree; a tie, for which rounding decides, has a margin near 0."""
         return max(abs(a - b) for a, b in (self.our_logits, self.reference_logits))
 
+    def passes(self, tie: float) -> bool:
+        """Say whether the answers are equal, or part where rounding decides; never where a logit is not finite."""
+        return self.same_length and self.margin <= tie and self.logit_error < math.inf
+
+    def verdict(self, tie: float) -> str:
+        """Describe the result in a few words."""
+        if not self.logit_error < math.inf:
+            return f"NOT FINITE up to token {self.agreed}"
+        if not self.same_length:
+            return f"ONE ENDS at token {self.agreed}"
+        if self.tokens is None:
+            return "equal"
+        return f"{'a tie' if self.passes(tie) else 'DIFFERENT'} at token {self.agreed}"
+
 
 def compare(ours: Request, reference: Request) -> Comparison:
     """Find the first difference between two greedy answers to one prompt."""
-    error = 0.0
+    error, agreed = 0.0, 0
     steps = zip(ours.answer, reference.answer, ours.logits, reference.logits)
-    for agreed, (our_token, token, our_row, row) in enumerate(steps):
-        error = max(error, float((our_row - row).abs().max()))
+    for our_token, token, our_row, row in steps:
+        step = float((our_row - row).abs().max())
+        error = max(error, step if math.isfinite(step) else math.inf)  # max() alone may drop a NaN
         if our_token != token:
             pair = [our_token, token]
             our_pair, reference_pair = our_row[pair].tolist(), row[pair].tolist()
             return Comparison(agreed, error, (our_token, token), tuple(our_pair), tuple(reference_pair))
-    return Comparison(len(ours.answer), error)
+        agreed += 1
+    return Comparison(agreed, error, same_length=agreed == len(ours.answer) == len(reference.answer))
