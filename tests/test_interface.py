@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
+import torch
 
 import flashinfer
 import flashinfer.decode
 import flashinfer.page
 import flashinfer.prefill
+from batches import Paged
 
 SCALARS = "sm_scale=None, rope_scale=None, rope_theta=None"
 MASKS = "custom_mask=None, packed_custom_mask=None, causal=False"
@@ -125,3 +130,34 @@ def test_every_public_name_has_a_docstring() -> None:
     for name in flashinfer.__all__:
         if not name.startswith("__") and not isinstance(named(name), functools.partial):
             assert inspect.getdoc(named(name)), name
+
+
+def test_what_vllm_reads_of_wrappers() -> None:
+    """Its backend asserts the scalars before each run, and hands the workspaces on."""
+    batch = Paged([3, 1], [40, 20])
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(torch.empty(1 << 20, dtype=torch.uint8))
+    tables = (batch.q_indptr, batch.indptr, batch.indices, batch.last_page_len)
+    for causal, scale, cap in ((True, 0.125, None), (False, None, 0.0)):
+        wrapper.plan(*tables, 4, 2, 64, 16, causal=causal, sm_scale=scale, logits_soft_cap=cap, window_left=-1)
+        assert wrapper._causal is causal
+        assert wrapper._window_left == -1
+        assert wrapper._logits_soft_cap == (cap or 0.0)
+        assert wrapper._sm_scale == scale
+    wrapper.forward(batch.q, batch.cache, causal=True, sm_scale=0.5)
+    assert wrapper._causal
+    assert wrapper._sm_scale == 0.5
+    for name in ("_float_workspace_buffer", "_int_workspace_buffer", "_pin_memory_int_workspace_buffer"):
+        assert getattr(wrapper, name).dtype == torch.uint8
+    assert wrapper._float_workspace_buffer.numel() == 1 << 20
+
+
+def test_names_are_imported_when_they_are_used() -> None:
+    """So that the doctor runs where torch is missing."""
+    code = (
+        "import sys, flashinfer; assert 'torch' not in sys.modules; flashinfer.decode; flashinfer.get_seq_lens; "
+        "assert 'torch' in sys.modules; assert set(flashinfer.__all__) <= set(dir(flashinfer))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = flashinfer.nothing

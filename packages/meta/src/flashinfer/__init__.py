@@ -1,18 +1,28 @@
-"""FlashInfer's interface over the packages that implement it."""
+"""FlashInfer's interface over the packages that implement it.
 
-from flashinfer.decode import (
-    BatchDecodeWithPagedKVCacheWrapper,
-    CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
-    single_decode_with_kv_cache,
-)
-from flashinfer.page import append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
-from flashinfer.prefill import (
-    BatchPrefillWithPagedKVCacheWrapper,
-    BatchPrefillWithRaggedKVCacheWrapper,
-    single_prefill_with_kv_cache,
-    single_prefill_with_kv_cache_return_lse,
-)
+Names are imported when they are first used, so that `python -m flashinfer doctor` can say that torch is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, List
+
 from flashinfer_core.version import __version__
+
+if TYPE_CHECKING:
+    from flashinfer.decode import (
+        BatchDecodeWithPagedKVCacheWrapper,
+        CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+        single_decode_with_kv_cache,
+    )
+    from flashinfer.page import append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
+    from flashinfer.prefill import (
+        BatchPrefillWithPagedKVCacheWrapper,
+        BatchPrefillWithRaggedKVCacheWrapper,
+        single_prefill_with_kv_cache,
+        single_prefill_with_kv_cache_return_lse,
+    )
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
@@ -27,3 +37,20 @@ __all__ = [
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
 ]
+
+_MODULES = ("decode", "page", "prefill")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"flashinfer.{name}")
+    if name in __all__:
+        for module in map(importlib.import_module, (f"flashinfer.{module}" for module in _MODULES)):
+            if name in module.__all__:
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module 'flashinfer' has no attribute {name!r}")
+
+
+def __dir__() -> List[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
