@@ -1,7 +1,8 @@
 // Decode: few query rows against many keys, as fast as memory delivers them.
 //
 // A tile holds the rows of all heads, in blocks of up to four that share a KV head: a row of K or V is converted once
-// for its block. Scores come from dot products; a vector of them holds a block's rows for consecutive keys.
+// for its block. Scores come from dot products; a vector of them holds a block's rows for consecutive keys. Each line
+// of memory is read once, in order, and fetched a step ahead by the arithmetic on the line that it follows.
 #pragma once
 
 #include "attention/cpu_stream.h"
@@ -36,23 +37,20 @@ class DecodeTile {
     }
   }
 
-  // Add the keys of `step` while fetching those of `ahead`.
+  // Add the keys of `step` while fetching those of `ahead`, both in the order of memory.
   void run(const KeyStep& step, const KeyStep& ahead) {
-    RowPrefetch k_ahead(p_.k, ahead.keys.k, ahead, p_.k_stride_head, sizeof(T), p_.head_dim,
-                        num_blocks_ * ceil_div(step.keys.count, kSums));
-    for (int32_t key = 0; key < step.keys.count; key += kSums) {
+    for (int32_t key = 0; key < step.keys.count; key += span_) {
       for (int32_t i = 0; i < num_blocks_; ++i) {
-        k_ahead.advance();
-        by_width(blocks_[i], [&](auto width) { multiply_keys<width>(step, blocks_[i], key); });
+        by_width(blocks_[i], [&](auto width) { multiply_keys<width>(step, ahead, blocks_[i], key); });
       }
     }
-    RowPrefetch v_ahead(p_.v, ahead.keys.v, ahead, p_.v_stride_head, sizeof(T), p_.head_dim,
-                        num_blocks_ * ceil_div(p_.head_dim * blocks_[0].width, kSums * simd::kLanes));
     for (int32_t i = 0; i < num_blocks_; ++i) {
-      by_width(blocks_[i], [&](auto width) {
-        softmax<width>(step, i);
-        add_values<width>(step, blocks_[i], v_ahead);
-      });
+      by_width(blocks_[i], [&](auto width) { softmax<width>(step, i); });
+    }
+    for (int32_t key = 0; key < step.keys.count; key += kValueKeys) {
+      for (int32_t i = 0; i < num_blocks_; ++i) {
+        by_width(blocks_[i], [&](auto width) { add_values<width>(step, ahead, blocks_[i], key); });
+      }
     }
   }
 
@@ -76,18 +74,21 @@ class DecodeTile {
   static constexpr int32_t kPaddedRows = 88;                         // 64 rows in blocks of three
   static constexpr int32_t kSums = simd::kRegisters == 32 ? 16 : 8;  // accumulators
   static constexpr int32_t kPair = 2 * simd::kLanes;
+  static constexpr int32_t kLine = larger(kPair, kLineBytes / int32_t(sizeof(T)));  // elements between prefetches
+  static constexpr int32_t kValueKeys = 4;                                          // that are added to O at a time
+  static constexpr int32_t kValueRows = simd::kRegisters == 32 ? 4 : 2;             // likewise
   static_assert(kStepKeys % kSums == 0 && kSums % simd::kLanes == 0, "scores are whole vectors");
 
   const AttentionParams& p_;
   int32_t stride_;  // between rows of q_ and o_
   int32_t num_blocks_;
+  int32_t span_;  // keys that are multiplied with a block before the next block's turn
   RowBlock blocks_[kRows];
   alignas(64) float q_[kPaddedRows * kMaxHeadDim];  // times sm_scale * log2(e)
   alignas(64) float o_[kPaddedRows * kMaxHeadDim];
   alignas(64) float s_[kPaddedRows * kStepKeys];     // of a block: [key, row]; scores, then probabilities
   alignas(64) float maximum_[kRows * simd::kLanes];  // of a block: a vector, lane i for row i % width
   alignas(64) float sum_[kRows * simd::kLanes];      // likewise, still to be added over lanes of the same row
-  float rescale_[simd::kLanes];
 
   template <int32_t kWidth>
   using Width = std::integral_constant<int32_t, kWidth>;
@@ -102,12 +103,14 @@ class DecodeTile {
   void set_blocks(const KeyStep& step) {
     const int32_t heads = p_.kv_heads * p_.group;
     num_blocks_ = 0;
+    span_ = kSums / 4;
     for (int32_t row = 0, slot = 0; row < step.rows;) {
       const QueryRow at(step.item, step.item.row_begin + row, heads);
       const int32_t same_head = p_.group - at.head % p_.group;
       const int32_t rows = smaller(4, smaller(same_head, step.rows - row));
       const int32_t width = rows == 3 ? 4 : rows;
       blocks_[num_blocks_++] = {row, rows, width, slot, at.head / p_.group, keys_seen(p_, step.item, at.query)};
+      span_ = larger(span_, kSums / width);
       row += rows;
       slot += width;
     }
@@ -131,9 +134,9 @@ class DecodeTile {
     return clamp(b.seen - step.begin, 0, step.keys.count);
   }
 
-  // S of kSums keys from `key` on, kSums dot products at a time.
+  // S of span_ keys from `key` on, kSums dot products at a time.
   template <int32_t kWidth>
-  void multiply_keys(const KeyStep& step, const RowBlock& b, int32_t key) {
+  void multiply_keys(const KeyStep& step, const KeyStep& ahead, const RowBlock& b, int32_t key) {
     constexpr int32_t kKeys = kSums / kWidth;
     const T* k = static_cast<const T*>(p_.k) + b.kv_head * p_.k_stride_head;
     const float* q = q_ + b.slot * stride_;
@@ -141,11 +144,19 @@ class DecodeTile {
     const int32_t keys = visible(step, b);
     const int32_t stride = stride_;
     const int32_t head_dim = p_.head_dim;
-    for (const int32_t end = smaller(key + kSums, keys); key < end; key += kKeys) {
+    for (const int32_t end = smaller(key + span_, keys); key < end; key += kKeys) {
       const T* rows[kKeys];
-      for (int32_t i = 0; i < kKeys; ++i) rows[i] = k + step.keys.k[smaller(key + i, keys - 1)];
+      const T* next[kKeys];
+      for (int32_t i = 0; i < kKeys; ++i) {
+        rows[i] = k + step.keys.k[smaller(key + i, keys - 1)];
+        next[i] = k + ahead.keys.k[key + i];
+      }
       Floats dot[kSums] = {};
       int32_t d = 0;
+      for (; d + kLine <= head_dim; d += kLine) {
+        for (int32_t i = 0; i < kKeys; ++i) prefetch_line(next[i] + d);
+        for (int32_t e = d; e < d + kLine; e += kPair) add_pairs<kWidth>(q + e, stride, rows, e, dot);
+      }
       for (; d + kPair <= head_dim; d += kPair) add_pairs<kWidth>(q + d, stride, rows, d, dot);
       for (; d < head_dim; d += simd::kPart) add_part<kWidth>(q + d, stride, rows, d, dot);
       for (int32_t i = 0; i < kSums; i += simd::kLanes) simd::store(s + key * kWidth + i, simd::sums(dot + i));
@@ -191,8 +202,9 @@ class DecodeTile {
   // P = exp2(S - m'); what was summed before is rescaled by exp2(m - m').
   template <int32_t kWidth>
   void softmax(const KeyStep& step, int32_t block) {
-    float* s = s_ + blocks_[block].slot * kStepKeys;
-    const int32_t count = visible(step, blocks_[block]) * kWidth;
+    const RowBlock& b = blocks_[block];
+    float* s = s_ + b.slot * kStepKeys;
+    const int32_t count = visible(step, b) * kWidth;
     const Floats before = simd::load(maximum_ + block * simd::kLanes);
     Floats m = before;
     hide_padding(s, count);
@@ -206,57 +218,77 @@ class DecodeTile {
       simd::store(s + i, probability);
       sum += probability;
     }
-    simd::store(rescale_, rescale);
+    for (int32_t r = 0; r < kWidth; ++r) {
+      if (rescale[r] != 1) scale_row(o_ + (b.slot + r) * stride_, rescale[r]);
+    }
     simd::store(maximum_ + block * simd::kLanes, m);
     simd::store(sum_ + block * simd::kLanes, sum);
   }
 
-  // O = O * rescale + P V, for as many dimensions at a time as there are accumulators.
-  template <int32_t kWidth>
-  void add_values(const KeyStep& step, const RowBlock& b, RowPrefetch& ahead) {
-    constexpr int32_t kVectors = kSums / kWidth;
-    constexpr int32_t kDims = kVectors * simd::kLanes;
-    const int32_t keys = visible(step, b);
-    int32_t d = 0;
-    for (; d + kDims <= p_.head_dim; d += kDims) {
-      ahead.advance();
-      add_values<kWidth, kVectors>(step, b, d, keys);
-    }
-    for (; d + kPair <= p_.head_dim; d += kPair) add_values<kWidth, 2>(step, b, d, keys);
-    for (; d < p_.head_dim; d += simd::kPart) add_values<kWidth, 1>(step, b, d, keys);
+  void scale_row(float* row, float scale) const {
+    for (int32_t d = 0; d < stride_; d += simd::kLanes) simd::store(row + d, simd::load(row + d) * scale);
   }
 
-  // kVectors are whole pairs, or 1 for kPart elements.
-  template <int32_t kWidth, int32_t kVectors>
-  void add_values(const KeyStep& step, const RowBlock& b, int32_t d, int32_t keys) {
-    constexpr int32_t kCount = kVectors == 1 ? simd::kPart : simd::kLanes;
-    const T* v = static_cast<const T*>(p_.v) + b.kv_head * p_.v_stride_head + d;
-    const float* probability = s_ + b.slot * kStepKeys;
-    float* o = o_ + b.slot * stride_ + d;
-    Floats sum[kWidth][kVectors];
-    for (int32_t r = 0; r < kWidth; ++r) {
-      for (int32_t c = 0; c < kVectors; ++c) {
-        sum[r][c] = simd::load<kCount>(o + r * stride_ + c * simd::kLanes) * rescale_[r];
-      }
+  // O += P V for kValueKeys keys from `key` on.
+  template <int32_t kWidth>
+  void add_values(const KeyStep& step, const KeyStep& ahead, const RowBlock& b, int32_t key) {
+    constexpr int32_t kRows = kWidth < kValueRows ? kWidth : kValueRows;
+    const T* v = static_cast<const T*>(p_.v) + b.kv_head * p_.v_stride_head;
+    const int32_t end = smaller(key + kValueKeys, visible(step, b));
+    const T* next[kValueKeys];
+    const T* rows[kValueKeys];
+    for (int32_t i = 0; i < kValueKeys; ++i) {
+      rows[i] = v + step.keys.v[key + i];
+      next[i] = v + ahead.keys.v[key + i];
     }
-    for (int32_t key = 0; key < keys; ++key, probability += kWidth) {
-      const T* row = v + step.keys.v[key];
-      Floats x[kVectors];
-      if constexpr (kVectors == 1) {
-        x[0] = simd::load<kCount>(row);
+    for (int32_t r = 0; r < kWidth; r += kRows) {
+      const float* probability = s_ + b.slot * kStepKeys + key * kWidth + r;
+      float* o = o_ + (b.slot + r) * stride_;
+      if (end - key == kValueKeys) {
+        add_rows<kWidth, kRows, kValueKeys>(o, probability, rows, next + r * kValueKeys / kWidth);
       } else {
-        for (int32_t c = 0; c < kVectors; c += 2) {
-          const simd::Pair pair = simd::load_pair(row + c * simd::kLanes);
-          x[c] = pair.first;
-          x[c + 1] = pair.second;
+        for (int32_t i = 0; i < end - key; ++i) {
+          add_rows<kWidth, kRows, 1>(o, probability + i * kWidth, rows + i, next + i);
         }
       }
-      for (int32_t r = 0; r < kWidth; ++r) {
-        for (int32_t c = 0; c < kVectors; ++c) sum[r][c] = simd::fma(simd::splat(probability[r]), x[c], sum[r][c]);
-      }
     }
-    for (int32_t r = 0; r < kWidth; ++r) {
-      for (int32_t c = 0; c < kVectors; ++c) simd::store<kCount>(o + r * stride_ + c * simd::kLanes, sum[r][c]);
+  }
+
+  // Every pass over the same keys, for other rows, fetches its share of the next keys.
+  template <int32_t kWidth, int32_t kRows, int32_t kKeys>
+  void add_rows(float* o, const float* probability, const T* const* rows, const T* const* next) {
+    constexpr int32_t kFetched = kKeys * kRows < kWidth ? 1 : kKeys * kRows / kWidth;
+    const int32_t stride = stride_;
+    const int32_t head_dim = p_.head_dim;
+    Floats p[kKeys][kRows];
+    for (int32_t i = 0; i < kKeys; ++i) {
+      for (int32_t r = 0; r < kRows; ++r) p[i][r] = simd::held(simd::splat(probability[i * kWidth + r]));
+    }
+    const auto add_pair = [&](int32_t d) {
+      simd::Pair sum[kRows];
+      for (int32_t r = 0; r < kRows; ++r)
+        sum[r] = {simd::load(o + r * stride + d), simd::load(o + r * stride + d + simd::kLanes)};
+      for (int32_t i = 0; i < kKeys; ++i) {
+        const simd::Pair x = simd::held(simd::load_pair(rows[i] + d));
+        for (int32_t r = 0; r < kRows; ++r) {
+          sum[r] = {simd::fma(p[i][r], x.first, sum[r].first), simd::fma(p[i][r], x.second, sum[r].second)};
+        }
+      }
+      for (int32_t r = 0; r < kRows; ++r) simd::store_pair(o + r * stride + d, sum[r]);
+    };
+    int32_t d = 0;
+    for (; d + kLine <= head_dim; d += kLine) {
+      for (int32_t i = 0; i < kFetched; ++i) prefetch_line(next[i] + d);
+      for (int32_t e = d; e < d + kLine; e += kPair) add_pair(e);
+    }
+    for (; d + kPair <= head_dim; d += kPair) add_pair(d);
+    for (; d < head_dim; d += simd::kPart) {
+      for (int32_t r = 0; r < kRows; ++r) {
+        float* to = o + r * stride + d;
+        Floats sum = simd::load<simd::kPart>(to);
+        for (int32_t i = 0; i < kKeys; ++i) sum = simd::fma(p[i][r], simd::load<simd::kPart>(rows[i] + d), sum);
+        simd::store<simd::kPart>(to, sum);
+      }
     }
   }
 };
@@ -265,7 +297,7 @@ template <class T>
 void decode(const AttentionParams& p, const WorkerItems& items) {
   KeyStream stream(p, items, DecodeTile<T>::kRows, p.head_dim * int32_t(sizeof(T)));
   DecodeTile<T> tile(p);
-  KeyStep steps[2];
+  KeyStep steps[2] = {};
   bool more = stream.next(steps[0]);
   for (int32_t i = 0; more; i ^= 1) {
     const KeyStep& step = steps[i];

@@ -8,13 +8,19 @@ namespace flashinfer {
 namespace attention {
 
 constexpr int32_t kStepKeys = 64;
+constexpr int32_t kLineBytes = 64;  // of the caches
+
+constexpr int32_t larger(int32_t a, int32_t b) { return a < b ? b : a; }
+
+// Into the L2 only: a step ahead is more than the L1 holds.
+inline void prefetch_line(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 // Some consecutive keys of an item, for all heads that the item's rows belong to.
 struct KeyStep {
   WorkItem item;
-  KeyRows<kStepKeys> keys;
-  int32_t begin;  // first key
-  int32_t rows;   // packed rows of the item
+  KeyRows<kStepKeys> keys;  // beyond their count the last one is repeated
+  int32_t begin;            // first key
+  int32_t rows;             // packed rows of the item
   int32_t head_begin, head_end;
   bool first, last;  // of the item
 };
@@ -40,12 +46,16 @@ class KeyStream {
     at_ = smaller(at_ + step_keys_, item_.kv_end);
     step.last = at_ >= item_.kv_end;
     step.keys.locate(p_, item_.kv_start, step.begin, at_);
+    for (int32_t i = step.keys.count; i < kStepKeys && i > 0; ++i) {
+      step.keys.k[i] = step.keys.k[i - 1];
+      step.keys.v[i] = step.keys.v[i - 1];
+    }
     set_heads(step);
     return true;
   }
 
  private:
-  static constexpr int32_t kStepBytes = 64 << 10;
+  static constexpr int32_t kStepBytes = 32 << 10;
 
   void set_heads(KeyStep& step) const {
     const int32_t heads = p_.kv_heads * p_.group;
@@ -62,45 +72,6 @@ class KeyStream {
   int32_t tile_rows_;
   int32_t step_keys_;
   int32_t at_ = 0;
-};
-
-// Fetches the rows of a step into the cache, a few at a time, in the order of memory: key by key, head by head.
-class RowPrefetch {
- public:
-  // The rows are spread over `calls` of `advance`.
-  RowPrefetch(const void* base, const int64_t* offsets, const KeyStep& step, int64_t stride_head, int32_t element_bytes,
-              int32_t head_dim, int32_t calls)
-      : base_(static_cast<const char*>(base) + step.head_begin * stride_head * element_bytes),
-        offsets_(offsets),
-        stride_head_(stride_head * element_bytes),
-        element_bytes_(element_bytes),
-        row_bytes_(head_dim * element_bytes),
-        heads_(step.head_end - step.head_begin),
-        keys_(step.keys.count),
-        quota_(ceil_div(heads_ * keys_, calls < 1 ? 1 : calls)) {}
-
-  void advance() {
-    for (int32_t i = 0; i < quota_ && key_ < keys_; ++i) {
-      const char* row = base_ + offsets_[key_] * element_bytes_ + head_ * stride_head_;
-      for (int32_t byte = 0; byte < row_bytes_; byte += 64) __builtin_prefetch(row + byte);
-      if (++head_ == heads_) {
-        head_ = 0;
-        ++key_;
-      }
-    }
-  }
-
- private:
-  const char* base_;
-  const int64_t* offsets_;
-  int64_t stride_head_;
-  int32_t element_bytes_;
-  int32_t row_bytes_;
-  int32_t heads_;
-  int32_t keys_;
-  int32_t quota_;
-  int32_t key_ = 0;
-  int32_t head_ = 0;
 };
 
 }  // namespace attention
