@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Sequence
 
@@ -20,6 +21,8 @@ from ci import compiled, machine, matrix
 ROOT = compiled.ROOT
 PACKAGES = ("core", "attention", "page", "lora", "meta")
 STAMP = "inputs.sha256"
+# Bytes that one package may take when installed, with all targets of its build.
+LIMIT = 40_000_000
 
 
 def running_python() -> str:
@@ -63,8 +66,16 @@ def digest(files: Iterable[Path], *extra: str) -> str:
     return state.hexdigest()
 
 
+def check_size(wheel: Path) -> None:
+    """Raise ValueError where a wheel takes more than LIMIT when installed."""
+    with zipfile.ZipFile(wheel) as archive:
+        total = sum(member.file_size for member in archive.infolist())
+    if total > LIMIT:
+        raise ValueError(f"{wheel.name} unpacks to {total / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f} MB")
+
+
 def make(out: Path, variables: Dict[str, str]) -> List[Path]:
-    """Build all wheels into `out`, unless they are there and nothing changed; return them."""
+    """Build all wheels into `out`, unless they are there and nothing changed; return them. Checks their sizes."""
     wanted = digest(inputs(), sys.version, *(f"{name}={value}" for name, value in sorted(variables.items())))
     stamp = out / STAMP
     if not (stamp.exists() and stamp.read_text() == wanted):
@@ -73,6 +84,8 @@ def make(out: Path, variables: Dict[str, str]) -> List[Path]:
         for package in PACKAGES:
             command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
             subprocess.run(command, cwd=ROOT / "packages" / package, env={**os.environ, **variables}, check=True)
+        for wheel in out.glob("*.whl"):
+            check_size(wheel)
         stamp.write_text(wanted)
     return sorted(out.glob("*.whl"))
 

@@ -59,6 +59,19 @@ def test_unchanged_inputs_build_nothing(tree, monkeypatch):
     assert len(built) == 2 * len(wheels.PACKAGES)
 
 
+def test_a_wheel_over_its_limit_is_refused_each_time(tree, monkeypatch):
+    def build(command, cwd, **_):
+        write_wheel(Path(command[-1]), cwd.name, "0.1.0", content="x" * 1000 if cwd.name == "lora" else "")
+
+    monkeypatch.setattr(wheels.subprocess, "run", build)
+    monkeypatch.setattr(wheels, "LIMIT", 1100)  # zip packs the 1000 bytes to a few
+    for _ in range(2):
+        with pytest.raises(ValueError, match="lora-.* unpacks to"):
+            wheels.make(tree / "out", {})
+    monkeypatch.setattr(wheels, "LIMIT", 1300)
+    assert len(wheels.make(tree / "out", {})) == len(wheels.PACKAGES)
+
+
 def test_environment_of_a_cuda_build():
     variables = wheels.environment(BUILD, "sm_90,cpu")
     assert variables["FLASHINFER_LOCAL_VERSION"] == "cu130torch2.11"
