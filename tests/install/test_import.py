@@ -8,6 +8,7 @@ import os
 import pytest
 
 from environments import Environment
+from fake_driver import FakeDriver
 
 pytestmark = pytest.mark.install
 
@@ -69,5 +70,15 @@ def test_core_does_not_import_torch(environment):
     environment.python("import sys, flashinfer_core; assert 'torch' not in sys.modules")
 
 
-def test_import_initialises_no_gpu(environment):
-    environment.python("import torch, flashinfer; assert not torch.cuda.is_initialized()")
+@pytest.mark.parametrize(("before", "module"), [("", "flashinfer_core"), ("import torch", "flashinfer")])
+def test_import_asks_the_driver_nothing(environment, before, module, tmp_path):
+    driver = FakeDriver(tmp_path)
+    loaded = "print('flashinfer_core._host' in sys.modules)"
+    # What torch asks is its own; without the import of ours there must be as much.
+    assert environment.python(f"{before}\nimport sys; {loaded}", **driver.variables) == "False\n"
+    asked = driver.calls
+    driver.forget()
+    assert environment.python(f"{before}\nimport sys, {module}; {loaded}", **driver.variables) == "False\n"
+    assert driver.calls == asked
+    environment.python("from flashinfer_core import _host; assert _host.device_count() == 1", **driver.variables)
+    assert driver.calls[-2:] == ["cuInit", "cuDeviceGetCount"]

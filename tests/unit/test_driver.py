@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fake_driver import FakeDriver
 from flashinfer_core import compiler
 
-FAKE = Path(__file__).parent / "fake_cuda" / "fake_cuda.cpp"
 PRELUDE = """
 import ctypes, struct, threading
 from flashinfer_core import _host
@@ -48,22 +48,17 @@ LAUNCHED = "300 grid 7 1 1 block 128 1 1 shared 102400 stream 55 attributes none
 
 
 class Fake:
-    """A folder with a driver in it, and the calls that the last script made."""
+    """A driver, and the calls that the last script made."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
-        self.folder = folder
+        self.driver = FakeDriver(folder, *flags)
         self.calls: list[str] = []
-        library = str(folder / "libcuda.so.1")
-        command = [*compiler.cxx().split(), "-std=c++17", "-shared", "-fPIC", *flags, str(FAKE), "-o", library]
-        subprocess.run(command, check=True)
 
     def run(self, script: str, **environment: str) -> str:
         """Run `script` with this driver, note its calls, and return what it prints."""
-        log = self.folder / "log"
-        log.unlink(missing_ok=True)
-        added = {"LD_LIBRARY_PATH": str(self.folder), "FAKE_CUDA_LOG": str(log), **environment}
-        printed = run(PRELUDE + textwrap.dedent(script), **added)
-        self.calls = log.read_text().splitlines() if log.exists() else []
+        self.driver.forget()
+        printed = run(PRELUDE + textwrap.dedent(script), **self.driver.variables, **environment)
+        self.calls = self.driver.calls
         return printed
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import flashinfer_core
+from fake_driver import FakeDriver
 
 # Times an import after `first`, and lists what the process did meanwhile that others could notice.
 PROBE = """
@@ -87,9 +88,31 @@ def test_parts_of_core_need_neither_torch_nor_the_host_extension(module: str, co
     assert _brought(result) == []
 
 
-@pytest.mark.parametrize("package", ["flashinfer", "flashinfer_attention", "flashinfer_page"])
+PACKAGES = ("flashinfer", "flashinfer_attention", "flashinfer_page", "flashinfer_lora")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_packages_add_little_to_torch_and_do_nothing(package: str) -> None:
     result = _fast(package, after="torch")
     assert result["seconds"] < 0.1
     assert result["done"] == []
-    assert "libcuda" not in _brought(result)
+    assert {"libcuda", "host"}.isdisjoint(_brought(result))
+
+
+@pytest.mark.parametrize("module", ["flashinfer_core", *PACKAGES])
+def test_importing_asks_the_driver_nothing(module: str, tmp_path: Path) -> None:
+    driver = FakeDriver(tmp_path)
+    script = f"""
+import os, sys, {"json" if module == "flashinfer_core" else "torch"}
+log = os.environ["FAKE_CUDA_LOG"]
+before = os.path.exists(log) and os.path.getsize(log)  # torch's own doing
+import {module}
+assert "flashinfer_core._host" not in sys.modules
+assert (os.path.exists(log) and os.path.getsize(log)) == before
+from flashinfer_core import _host
+print(_host.device_count())
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **driver.variables}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    assert driver.calls[-2:] == ["cuInit", "cuDeviceGetCount"]  # so the driver was there to be asked
