@@ -66,7 +66,7 @@ def test_a_wheel_over_its_limit_is_refused_each_time(tree, monkeypatch):
     monkeypatch.setattr(wheels.subprocess, "run", build)
     monkeypatch.setattr(wheels, "LIMIT", 1100)  # zip packs the 1000 bytes to a few
     for _ in range(2):
-        with pytest.raises(ValueError, match="lora-.* unpacks to"):
+        with pytest.raises(ValueError, match=r"lora-.* unpacks to"):
             wheels.make(tree / "out", {})
     monkeypatch.setattr(wheels, "LIMIT", 1300)
     assert len(wheels.make(tree / "out", {})) == len(wheels.PACKAGES)
