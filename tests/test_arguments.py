@@ -103,7 +103,7 @@ def test_plan(changes: Dict[str, Any], error: Type[Exception], text: str, device
         prefill_plan(device, **changes)
 
 
-OPTIONS = {
+OPTIONS: Dict[str, Any] = {
     "window_left": 128,
     "logits_soft_cap": 30.0,
     "pos_encoding_mode": "ROPE_LLAMA",
@@ -134,7 +134,7 @@ def test_options_of_single_decode(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["custom_mask_buf", "mask_indptr_buf", "jit_args"])
 def test_options_of_wrappers(name: str) -> None:
-    value = ["uri"] if name == "jit_args" else workspace(8)
+    value: Any = ["uri"] if name == "jit_args" else workspace(8)
     for wrapper in (flashinfer.BatchPrefillWithPagedKVCacheWrapper, flashinfer.BatchPrefillWithRaggedKVCacheWrapper):
         with pytest.raises(UnsupportedOptionError, match=f"^{name}="):
             wrapper(workspace(), **{name: value})

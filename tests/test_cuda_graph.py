@@ -41,7 +41,7 @@ def test_capture_is_the_first_call_of_a_process() -> None:
     assert done.stdout.strip() == "replayed"
 
 
-def buffers(*sizes: int) -> List[torch.Tensor]:
+def buffers(*sizes: int) -> List[Any]:
     return [torch.full((size,), HUGE, dtype=torch.int32, device="cuda") for size in sizes]
 
 
@@ -69,7 +69,8 @@ def test_decode_replays_with_other_lengths(size: int) -> None:
     wrapper = flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
         torch.empty(size, dtype=torch.uint8, device="cuda"), *buffers(4, PAGES, 3)
     )
-    graph, q, cache, out, lse = None, None, None, None, None
+    graph: Any = None
+    q = cache = out = lse = torch.empty(0)
     for seed, kv_lens in enumerate(DECODES):
         batch = Paged([1, 1, 1], kv_lens, heads=8, dim=128, seed=seed, device="cuda")
         wrapper.plan(batch.indptr, batch.indices, batch.last_page_len, 8, 2, 128, 16, q_data_type=batch.dtype)
@@ -87,7 +88,8 @@ def test_prefill_replays_with_other_lengths() -> None:
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
         torch.empty(1 << 24, dtype=torch.uint8, device="cuda"), "NHD", True, *buffers(3, 3, PAGES, 2)
     )
-    graph, q, cache, out, lse = None, None, None, None, None
+    graph: Any = None
+    q = cache = out = lse = torch.empty(0)
     for seed, (q_lens, kv_lens) in enumerate([([150, 150], [150, 3000]), ([1, 299], [9000, 299]), ([0, 3], [0, 3])]):
         batch = Paged(q_lens, kv_lens, heads=8, dim=128, seed=seed, device="cuda")
         tables = (batch.q_indptr, batch.indptr, batch.indices, batch.last_page_len)
@@ -127,7 +129,7 @@ def test_planning_in_a_capture_is_refused() -> None:
     tables = (batch.q_indptr, batch.indptr, batch.indices, batch.last_page_len)
     shape = (batch.heads, batch.kv_heads, batch.dim, batch.page_size)
     wrapper.plan(*tables, *shape, causal=True)
-    expected = wrapper.run(batch.q, batch.cache)
+    expected: Any = wrapper.run(batch.q, batch.cache)
     lengths_there = tables[0].cuda()
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         batch.q.mul_(1)  # torch warns of empty graphs
@@ -137,7 +139,8 @@ def test_planning_in_a_capture_is_refused() -> None:
             wrapper.plan(lengths_there, *tables[1:], *shape)
         with pytest.raises(InvalidArgumentError, match="planning cannot be captured"):
             wrapper.forward(batch.q, batch.cache, causal=False)
-    assert torch.equal(wrapper.run(batch.q, batch.cache), expected)
+    again: Any = wrapper.run(batch.q, batch.cache)
+    assert torch.equal(again, expected)
 
 
 def test_a_graph_of_a_plain_wrapper_keeps_its_plan() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, List
 
 import pytest
 import torch
@@ -156,7 +156,8 @@ def test_old_names(device: str) -> None:
     )
     o = wrapper.forward(batch.q, batch.cache)
     wrapper.end_forward()
-    assert torch.equal(o, wrapper.run(batch.q, batch.cache))
+    plain: Any = wrapper.run(batch.q, batch.cache)
+    assert torch.equal(o, plain)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_replanning_and_resetting_the_workspace(device: str) -> None:
 
 
 def test_buffers_of_a_graph_take_batches_of_one_size(device: str) -> None:
-    buffers = [torch.full((n,), HUGE, dtype=torch.int32, device=device) for n in (4, 300, 3)]
+    buffers: List[Any] = [torch.full((n,), HUGE, dtype=torch.int32, device=device) for n in (4, 300, 3)]
     wrapper = flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(workspace(device), *buffers)
     for seed, kv_lens in enumerate([[1, 2, 3], [4000, 0, 1], [0, 0, 0], [17, 900, 33]]):
         batch = decode_batch(kv_lens, seed=seed, device=device)
@@ -214,8 +215,8 @@ def test_buffers_of_a_graph_take_batches_of_one_size(device: str) -> None:
 def test_single(device: str, kv_len: int, layout: str) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(*shape, 64).half().to(device) for shape in [(8,), (kv_len, 2), (kv_len, 2)])
-    given = [t.transpose(0, 1).contiguous() if layout == "HND" else t for t in (k, v)]
-    o = flashinfer.single_decode_with_kv_cache(q, *given, kv_layout=layout, sm_scale=0.3)
+    given_k, given_v = (t.transpose(0, 1).contiguous() if layout == "HND" else t for t in (k, v))
+    o = flashinfer.single_decode_with_kv_cache(q, given_k, given_v, kv_layout=layout, sm_scale=0.3)
     expected, _ = reference.attention(q[None].cpu(), k.cpu(), v.cpu(), sm_scale=0.3)
     reference.assert_close(o.cpu(), expected[0], torch.float16)
 

@@ -103,7 +103,7 @@ def test_bad_input(change: dict[str, torch.Tensor], error: type[Exception], text
         "indices": torch.zeros(4, dtype=torch.int32),
     }
     with pytest.raises(error, match=text):
-        add_lora(**{**arguments, **change})  # type: ignore[arg-type]
+        add_lora(**{**arguments, **change})
 
 
 @pytest.mark.gpu

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Tuple
+from typing import Any, Dict, List, Tuple
 
 import pytest
 import torch
@@ -129,14 +129,13 @@ def test_ragged_rows_of_a_packed_projection(device: str) -> None:
     """q, k and v are slices of one tensor, as a fused projection makes them."""
     torch.manual_seed(0)
     packed = torch.randn(50, 4 + 2 + 2, 64).half().to(device)
-    q, k, v = packed.split([4, 2, 2], dim=1)
+    q, k, v = packed[:, :4], packed[:, 4:6], packed[:, 6:]
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace(device))
     indptr = indptr_of([20, 30])
     wrapper.plan(indptr, indptr, 4, 2, 64, causal=True)
     o, lse = wrapper.run_return_lse(q, k, v)
-    cut = [20, 30]
     expected, expected_lse = reference.ragged(
-        q.cpu(), indptr.tolist(), list(k.cpu().split(cut)), list(v.cpu().split(cut)), causal=True
+        q.cpu(), indptr.tolist(), [k[:20].cpu(), k[20:].cpu()], [v[:20].cpu(), v[20:].cpu()], causal=True
     )
     reference.assert_close(o.cpu(), expected, torch.float16)
     reference.assert_lse_close(lse.cpu() * LN2, expected_lse)
@@ -165,7 +164,7 @@ def test_ragged_forward_sets_the_mask_anew(device: str) -> None:
 
 
 def test_buffers_of_a_graph_take_fewer_tokens(device: str) -> None:
-    buffers = [torch.full((n,), HUGE, dtype=torch.int32, device=device) for n in (3, 3, 400, 2)]
+    buffers: List[Any] = [torch.full((n,), HUGE, dtype=torch.int32, device=device) for n in (3, 3, 400, 2)]
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(device), "NHD", True, *buffers)
     for seed, (q_lens, kv_lens) in enumerate([([40, 30], [40, 4000]), ([1, 0], [900, 7]), ([0, 70], [0, 70])]):
         batch = Paged(q_lens, kv_lens, seed=seed, device=device)
@@ -178,7 +177,7 @@ def test_buffers_of_a_graph_take_fewer_tokens(device: str) -> None:
 
 
 def test_ragged_buffers_of_a_graph(device: str) -> None:
-    buffers = [torch.full((3,), HUGE, dtype=torch.int32, device=device) for _ in range(2)]
+    buffers: List[Any] = [torch.full((3,), HUGE, dtype=torch.int32, device=device) for _ in range(2)]
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace(device), "NHD", True, *buffers)
     for seed, lens in enumerate([[40, 30], [1, 0], [0, 70]]):
         batch = Paged(lens, lens, seed=seed, device=device)
@@ -198,8 +197,8 @@ def test_single(device: str, q_len: int, kv_len: int, layout: str, causal: bool)
     torch.manual_seed(0)
     q, k, v = (torch.randn(n, heads, 64).half() for n, heads in [(q_len, 6), (kv_len, 2), (kv_len, 2)])
     given = [t.transpose(0, 1).contiguous() if layout == "HND" else t for t in (k, v)]
-    on_device = [t.to(device) for t in (q, *given)]
-    options = {"causal": causal, "kv_layout": layout}
+    on_device: List[Any] = [t.to(device) for t in (q, *given)]
+    options: Dict[str, Any] = {"causal": causal, "kv_layout": layout}
     if causal and kv_len < q_len:  # as in FlashInfer; `flashinfer_attention.single` and the wrappers take it
         with pytest.raises(InvalidArgumentError, match=f"got {kv_len} and {q_len}"):
             flashinfer.single_prefill_with_kv_cache(*on_device, **options)
@@ -208,7 +207,9 @@ def test_single(device: str, q_len: int, kv_len: int, layout: str, causal: bool)
     expected, expected_lse = reference.attention(q, k, v, causal=causal)
     reference.assert_close(o.cpu(), expected, torch.float16)
     reference.assert_lse_close(lse.cpu() * LN2, expected_lse)
-    assert torch.equal(o, flashinfer.single_prefill_with_kv_cache(*on_device, backend="fa2", **options))
+    options["backend"] = "fa2"
+    plain: Any = flashinfer.single_prefill_with_kv_cache(*on_device, **options)
+    assert torch.equal(o, plain)
 
 
 def test_a_request_of_10_000_tokens(device: str) -> None:

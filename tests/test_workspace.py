@@ -41,7 +41,7 @@ def plan_of(batch: Paged, **options: Any) -> Any:
 
 @pytest.mark.parametrize("bad", ["missing", "int64", "meta", "sizes"])
 def test_graph_buffers(bad: str) -> None:
-    buffers = [ints(0, 0, 0), ints(0, 0), ints(0, 0)]
+    buffers: List[Any] = [ints(0, 0, 0), ints(0, 0), ints(0, 0)]
     if bad == "missing":
         with pytest.raises(InvalidArgumentError, match="needs paged_kv_indptr_buffer"):
             flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(), use_cuda_graph=True)
@@ -74,7 +74,7 @@ def test_workspaces() -> None:
 @pytest.mark.parametrize("name", ["qo_indptr_buf", "kv_indptr_buf"])
 def test_graph_buffers_of_prefill(name: str) -> None:
     """All say the same number of requests, and are refused before any of them is written."""
-    paged = {
+    paged: Dict[str, Any] = {
         "qo_indptr_buf": ints(0, 0, 0),
         "paged_kv_indptr_buf": ints(0, 0, 0),
         "paged_kv_indices_buf": ints(0, 0),
@@ -85,7 +85,7 @@ def test_graph_buffers_of_prefill(name: str) -> None:
             flashinfer.BatchPrefillWithPagedKVCacheWrapper(
                 workspace(), use_cuda_graph=True, **{**paged, name: ints(0, 0)}
             )
-    ragged = {"qo_indptr_buf": ints(0, 0, 0), "kv_indptr_buf": ints(0, 0, 0), name: ints(0, 0)}
+    ragged: Dict[str, Any] = {"qo_indptr_buf": ints(0, 0, 0), "kv_indptr_buf": ints(0, 0, 0), name: ints(0, 0)}
     with pytest.raises(InvalidArgumentError, match="kv_indptr_buf must have shape"):
         flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace(), use_cuda_graph=True, **ragged)
 
@@ -103,7 +103,7 @@ FAILING = [
 @pytest.mark.parametrize("changes", FAILING)
 def test_a_failed_plan_leaves_the_last_one(changes: Dict[str, Any], with_graph: bool) -> None:
     batch = Paged([3, 1], [40, 20])
-    buffers: List[torch.Tensor] = [ints(*[0] * size) for size in (3, 3, 50, 2)] if with_graph else []
+    buffers: List[Any] = [ints(*[0] * size) for size in (3, 3, 50, 2)] if with_graph else []
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(), "NHD", with_graph, *buffers)
     good: Dict[str, Any] = {
         "qo_indptr": batch.q_indptr,
