@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +35,7 @@ def note(event, arguments):
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     address = os.environ.get("FLASHINFER_INDEX")
     if not address:
         pytest.skip("FLASHINFER_INDEX names no index; `nox -s tests` makes one")
@@ -50,28 +51,28 @@ def seconds(environment: Environment, before: str, module: str) -> float:
 
 
 @pytest.mark.parametrize(("before", "module"), [("", "flashinfer_core"), ("import torch", "flashinfer")])
-def test_import_is_quick(environment, before, module):
+def test_import_is_quick(environment: Environment, before: str, module: str) -> None:
     assert seconds(environment, before, module) < LIMIT_SECONDS
 
 
 @pytest.mark.parametrize(("before", "module"), [("", "flashinfer_core"), ("import torch", "flashinfer")])
-def test_import_touches_nothing(environment, before, module):
+def test_import_touches_nothing(environment: Environment, before: str, module: str) -> None:
     code = f"{before}\n{WATCH}\nsys.addaudithook(note)\nimport {module}\nprint(json.dumps(seen))"
     assert json.loads(environment.python(code)) == []
 
 
-def test_the_watch_sees_what_it_is_for(environment, tmp_path):
+def test_the_watch_sees_what_it_is_for(environment: Environment, tmp_path: Path) -> None:
     actions = f"open({str(tmp_path / 'a')!r}, 'w'); os.mkdir({str(tmp_path / 'b')!r}); import socket; socket.socket()"
     seen = json.loads(environment.python(f"{WATCH}\nsys.addaudithook(note)\n{actions}\nprint(json.dumps(seen))"))
     assert [event.split()[0] for event in seen] == ["open", "os.mkdir", "socket.__new__"]
 
 
-def test_core_does_not_import_torch(environment):
+def test_core_does_not_import_torch(environment: Environment) -> None:
     environment.python("import sys, flashinfer_core; assert 'torch' not in sys.modules")
 
 
 @pytest.mark.parametrize(("before", "module"), [("", "flashinfer_core"), ("import torch", "flashinfer")])
-def test_import_asks_the_driver_nothing(environment, before, module, tmp_path):
+def test_import_asks_the_driver_nothing(environment: Environment, before: str, module: str, tmp_path: Path) -> None:
     driver = FakeDriver(tmp_path)
     loaded = "print('flashinfer_core._host' in sys.modules)"
     # What torch asks is its own; without the import of ours there must be as much.

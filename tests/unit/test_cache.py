@@ -198,8 +198,8 @@ def test_nothing_writable_means_memory(folder: Path) -> None:
 @needs_nvrtc
 def test_disk_that_fills_during_the_write_leaves_nothing(open_folder: Path) -> None:
     folder = open_folder / "cache"
-    places = {"FLASHINFER_CACHE_DIR": str(folder), "HOME": "/proc", "TMPDIR": str(folder)}
-    result = _finish(_start(open_folder, file_limit=1000, **places))
+    path = str(folder)
+    result = _finish(_start(open_folder, file_limit=1000, FLASHINFER_CACHE_DIR=path, HOME="/proc", TMPDIR=path))
     assert "(kept in memory)" in result["messages"][0]
     assert list(folder.iterdir()) == []
 

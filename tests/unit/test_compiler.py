@@ -12,7 +12,7 @@ import pytest
 from flashinfer_core import compiler
 from flashinfer_core.device import candidates
 from flashinfer_core.errors import CompileError
-from tiny_package import CPU, GPU, edit, needs_nvrtc, write
+from tiny_package import CPU, GPU, Scale, edit, needs_nvrtc, write
 
 HERE = candidates("cpu")[0]
 
@@ -73,7 +73,7 @@ def test_cpu_image_exports_one_symbol_and_needs_libc_only(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("variant", "target"), [pytest.param(GPU, "sm_80", marks=needs_nvrtc), (CPU, HERE)], ids=["gpu", "cpu"]
 )
-def test_images_are_reproducible_and_keys_tell_all_they_depend_on(variant: object, target: str, package: Path) -> None:
+def test_images_are_reproducible_and_keys_tell_all_they_depend_on(variant: Scale, target: str, package: Path) -> None:
     first, second = (compiler.compile_image(variant, target) for _ in range(2))
     assert (first.key, first.payload) == (second.key, second.payload)
     other = compiler.compile_image(dataclasses.replace(variant, factor=4), target)

@@ -23,9 +23,9 @@ model name\t: Another
 
 def test_cpuinfo_of_x86_and_arm() -> None:
     cpu = device.parse_cpuinfo("x86_64", CPUINFO)
-    assert (cpu.model, cpu.flags) == ("Some CPU @ 2.0GHz", {"fpu", "sse", "avx2"})
+    assert (cpu.model, cpu.flags) == ("Some CPU @ 2.0GHz", frozenset({"fpu", "sse", "avx2"}))
     arm = device.parse_cpuinfo("aarch64", "processor\t: 0\nFeatures\t: fp asimd\n")
-    assert (arm.model, arm.flags) == ("", {"fp", "asimd"})
+    assert (arm.model, arm.flags) == ("", frozenset({"fp", "asimd"}))
 
 
 def test_this_cpu_has_candidates() -> None:

@@ -99,7 +99,7 @@ def test_the_caller_works_and_others_join_it(visit: _host.CpuFunction) -> None:
 
 
 def test_a_caller_with_a_small_stack_leaves_all_work_to_others(visit: _host.CpuFunction) -> None:
-    calls = []
+    calls: list[Visit] = []
     before = threading.stack_size(128 << 10)
     try:
         thread = threading.Thread(target=lambda: calls.extend(Visit(7).launch(visit, n) for n in (1, 2, 4)))

@@ -55,7 +55,12 @@ def test_loaded_once_also_by_several_threads(monkeypatch: pytest.MonkeyPatch) ->
     found: list[kernel.Kernel] = []
     calls: list[object] = []
     find_first = images.find_first
-    monkeypatch.setattr(images, "find_first", lambda offered: calls.append(offered) or find_first(offered))
+
+    def counted(offered: Mapping[str, Variant]) -> Image:
+        calls.append(offered)
+        return find_first(offered)
+
+    monkeypatch.setattr(images, "find_first", counted)
     threads = [threading.Thread(target=lambda: found.append(kernel.load(CPU, "cpu"))) for _ in range(8)]
     for thread in threads:
         thread.start()

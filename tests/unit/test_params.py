@@ -51,7 +51,7 @@ def test_nested_pointers_arrays_defaults_and_comments() -> None:
           int64_t x = -1;
         };
         static_assert(sizeof(P) == 32, "");""")
-    assert [name for name, _ in struct._fields_] == ["pointer", "in", "bytes", "x"]
+    assert [field[0] for field in struct._fields_] == ["pointer", "in", "bytes", "x"]
     value = struct(pointer=1 << 40, x=-5)
     getattr(value, "in").c = 0.5
     assert (value.pointer, getattr(value, "in").c, value.x) == (1 << 40, 0.5, -5)
