@@ -167,8 +167,8 @@ def _cuda_tile_rows(head_dim: int) -> Tuple[int, ...]:
 def _cuda(target: str, dtype: str, head_dim: int, tile_rows: int) -> Attention:
     """Give the tile as many keys as shared memory holds, up to 64."""
     for kv_tile in (64, 32, 16):
-        # 16 rows are shared by all warps, each with 16 keys of a step. Larger tiles are dealt to four warps: at 128 rows
-        # each has 32, and reads K and V from shared memory half as often as eight warps of 16 would.
+        # 16 rows are shared by all warps, each with 16 keys of a step. Larger tiles are dealt to four warps: at 128
+        # rows each has 32, and reads K and V from shared memory half as often as eight warps of 16 would.
         warps = kv_tile // 16 if tile_rows == 16 else 4
         variant = Attention(dtype, head_dim, tile_rows, kv_tile, warps)
         if variant.shared_bytes <= SHARED_LIMITS[target]:
