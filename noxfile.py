@@ -102,7 +102,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def types(session: nox.Session) -> None:
-    """Check the types of all Python that ships or builds, and of the tests of its parts."""
+    """Check the types of all Python in the tree."""
     session.install(_facts(session)["torch"], *_group("types"))
     session.run("mypy")
 

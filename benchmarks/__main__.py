@@ -15,7 +15,7 @@ def main() -> int:
         print(f"{__doc__}\nnames: {', '.join(NAMES)}")
         return 0 if sys.argv[1] in ("-h", "--help") else 2
     chosen = [(sys.argv[1], sys.argv[2:])] if len(sys.argv) > 1 else [(name, []) for name in NAMES]
-    return max(importlib.import_module(f"benchmarks.{name}").main(arguments) for name, arguments in chosen)
+    return max(int(importlib.import_module(f"benchmarks.{name}").main(arguments)) for name, arguments in chosen)
 
 
 if __name__ == "__main__":

@@ -136,12 +136,12 @@ class PagedLlama:
         cos, sin = self.model.model.rotary_emb(x[None], positions[None])
         table = (kv_indptr, kv_indices, last_page_len)
         shape = (self.heads, self.kv_heads, self.head_dim, self.page_size)
-        if max(counts) == 1:
-            wrapper = self.decode
-            wrapper.plan(*table, *shape, q_data_type=self.dtype)
+        decoding = max(counts) == 1
+        if decoding:
+            self.decode.plan(*table, *shape, q_data_type=self.dtype)
         else:
-            wrapper = self.prefill
-            wrapper.plan(qo_indptr, *table, *shape, causal=True, q_data_type=self.dtype)
+            self.prefill.plan(qo_indptr, *table, *shape, causal=True, q_data_type=self.dtype)
+        wrapper = self.decode if decoding else self.prefill
         return Step(*table, batch_indices, positions, (cos[0], sin[0]), wrapper)
 
     def _attention(self, layer: Any, x: torch.Tensor, cache: torch.Tensor, step: Step) -> torch.Tensor:
