@@ -16,6 +16,7 @@ PAGES = sorted(
 )
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 PATH = re.compile(r"`((?:packages|ci|docs|tests|benchmarks|wheelindex)/[\w./-]+)`")
+FOLDER = re.compile(r"`([\w.-]+/)`")
 
 
 def examples(page: str) -> List[str]:
@@ -42,4 +43,5 @@ def test_what_is_named_exists(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     named = [(ROOT / page).parent / target for target in LINK.findall(text)]
     named += [ROOT / path for path in PATH.findall(text)]
+    named += [ROOT / folder for folder in FOLDER.findall(text)]
     assert [str(path) for path in named if not path.exists()] == []
