@@ -62,7 +62,7 @@ def write_report(device: str, command: str, tables: Sequence[Table], path: Optio
     here = commit()
     source = f"commit {here}" if here else f"version {flashinfer.__version__}"
     versions = f"flashinfer {source}, torch {torch.__version__}"
-    head = f"# {device}\n\n{date}, {versions}. Regenerate: `{command} --write {path}`\n\n"
+    head = f"# {device}\n\n{date}, {versions}. Regenerate: `{command} --write docs/benchmarks/{path.name}`\n\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(head + "\n".join(table.markdown() for table in tables))
     print(f"wrote {path}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install the carried wheels on a GPU machine that has torch but no network, and run what was asked.
 #
-#   ci/gpu_run.sh [tests|sanitize|bench|demo]...    default: tests
+#   ci/gpu_run.sh [tests|sanitize|cpu|bench|demo]...    default: tests
 #
 # `nox -s bundle` makes the wheels; this script finds their index in the bundle it lies in, or in bundle/ of a checkout.
 # Environment: OUT (folder for logs; default: a temporary one), PYTEST_ARGS (more arguments for pytest), INDEX_BUILD
@@ -49,12 +49,17 @@ tests() {
 # Each kernel in each dtype and head dimension. Without torch's caching allocator every tensor is an allocation of its
 # own, so a read past one is seen.
 sanitize() {
-  local short='test_dtypes_and_head_dims or test_any_workspace_will_do or test_append_copies_any_dtype or test_ranks'
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitize \
-    compute-sanitizer --tool memcheck --error-exitcode 9 "${pytest[@]}" -m gpu -k "$short"
+  local memory='test_dtypes_and_head_dims or test_any_workspace_will_do or test_append_copies_any_dtype or test_ranks'
+  local races='test_any_workspace_will_do or test_ranks'
+  local -x PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  part memcheck compute-sanitizer --tool memcheck --error-exitcode 9 "${pytest[@]}" -m gpu -k "$memory"
+  part racecheck compute-sanitizer --tool racecheck --error-exitcode 9 "${pytest[@]}" -m gpu -k "$races"
 }
 
-bench() { part bench "$python" -m benchmarks; }
+# The CPU kernels of this machine's processor, which may have instructions that the build machine lacks.
+cpu() { part tests-cpu "${pytest[@]}" -m "not gpu" tests/test_cpu_targets.py; }
+
+bench() { part bench "$python" -m benchmarks attention_gpu --write "$out/h100.md"; }
 
 # Its packages and the pieces of its model are carried in a folder of their own: docs/gpu-testing.md says how.
 demo() {
@@ -73,6 +78,7 @@ for asked in "${@:-tests}"; do
   case $asked in
   tests) tests ;;
   sanitize) sanitize ;;
+  cpu) cpu ;;
   bench) bench ;;
   demo) demo ;;
   *) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;

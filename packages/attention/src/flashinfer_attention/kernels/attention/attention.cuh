@@ -90,7 +90,7 @@ struct Pipeline {
 template <typename T, typename Tile>
 __device__ void attend(const AttentionParams& p, const WorkItem& item, Pipeline<Tile>& pipeline) {
   const SharedTile<Tile>& tile = pipeline.tile;
-  const QueryRows queries(item, p.group, Tile::kRows);
+  const QueryRows queries{item, p.group};
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int first_row = Tile::kWarpsOverRows == 1 ? 0 : warp * Tile::kRowBlocks * 16;

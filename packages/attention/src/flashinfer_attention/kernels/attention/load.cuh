@@ -23,7 +23,7 @@ __device__ void load_queries(const AttentionParams& p, const QueryRows& queries,
   const bool vectorized = is_vectorized(p.q, p.q_stride_token, p.q_stride_head);
   const auto* q = static_cast<const uint16_t*>(p.q);
   for (int row = threadIdx.x / Tile::kChunks; row < Tile::kRows; row += Tile::kRowsPerPass) {
-    const bool valid = row < queries.rows;
+    const bool valid = queries.exists(row);
     const int64_t offset =
         valid ? queries.token(row) * p.q_stride_token + queries.head(row) * p.q_stride_head + chunk * 8 : 0;
     if (vectorized) {
@@ -73,7 +73,7 @@ class KeyStream {
   __device__ void load(const SharedTile<Tile>& tile, int stage) {
     if (key_ >= item_.kv_end) return;
     if (Tile::kQueryBuffers == 2 && key_ == item_.kv_begin) {
-      load_queries<Tile>(p_, QueryRows(item_, p_.group, Tile::kRows), tile.q(query_buffer_));
+      load_queries<Tile>(p_, QueryRows{item_, p_.group}, tile.q(query_buffer_));
       query_buffer_ ^= 1;
     }
     copy_tile(tile.k(stage), tile.v(stage));

@@ -28,7 +28,7 @@ __device__ void store_rows(const AttentionParams& p, const QueryRows& queries, i
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + lane / 4 + 8 * half;
-    if (row >= queries.rows) continue;
+    if (!queries.exists(row)) continue;
     const float scale = inverse_sum(state.sum[half]);
     const float lse = natural_lse(state.max[half], state.sum[half]);
     const int first_column = column + lane % 4 * 2;

@@ -90,13 +90,11 @@ struct SharedTile {
 
 // The query rows of one work item: packed row r is query r / group, head r % group of the KV head.
 struct QueryRows {
-  WorkItem item;
-  int32_t group;
-  int32_t rows;  // valid rows of the tile
+  const WorkItem& item;
+  const int32_t& group;
 
-  __device__ QueryRows(const WorkItem& work, int32_t group, int32_t tile_rows)
-      : item(work), group(group), rows(min(tile_rows, work.q_len * group - work.row_begin)) {}
-
+  // Rows past the last of the request are computed with the others of the tile, and left out.
+  __device__ bool exists(int row) const { return item.row_begin + row < item.q_len * group; }
   __device__ int32_t query(int row) const { return (item.row_begin + row) / group; }
   __device__ int64_t token(int row) const { return static_cast<int64_t>(item.q_start) + query(row); }
   __device__ int32_t head(int row) const { return item.kv_head * group + (item.row_begin + row) % group; }

@@ -21,8 +21,8 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
 #endif
 }
 
-// The same for addresses that are multiples of 2 only. Rare, so kept out of the way of the registers.
-__device__ __noinline__ void copy_elements(void* shared, const void* global, bool valid) {
+// The same for addresses that are multiples of 2 only.
+__device__ inline void copy_elements(void* shared, const void* global, bool valid) {
   const auto* source = static_cast<const uint16_t*>(global);
   Vector16 vector = {};
   if (valid) {
