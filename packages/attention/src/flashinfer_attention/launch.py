@@ -37,8 +37,11 @@ class Kernels(NamedTuple):
     tile_kv_heads: int  # and this many such tiles make up all heads
 
     def merge_workers(self, merges: int) -> int:
-        """Return the workers that merge so many tiles, none where there is none: a CTA takes four rows at a time."""
-        return min(self.merge.max_workers, -(-merges * self.tile_rows // 4))
+        """Return the workers that merge so many tiles, none where there is none.
+
+        A CTA takes four rows at a time, or one of a decode tile, which has many pieces (merge.cuh).
+        """
+        return min(self.merge.max_workers, -(-merges * self.tile_rows // (4 if self.tile_rows > 16 else 1)))
 
     @property
     def useful_partial_rows(self) -> int:
