@@ -166,8 +166,9 @@ def _cuda_tile_rows(head_dim: int) -> Tuple[int, ...]:
 
 def _cuda(target: str, dtype: str, head_dim: int, tile_rows: int) -> Attention:
     """Give the tile as many keys as registers and shared memory hold, up to 64."""
-    # 64 keys beside 128 rows of 128 columns fit 255 registers on sm_90 alone; elsewhere they would spill.
-    crowded = tile_rows * head_dim >= 128 * 128 and not target.startswith("sm_90")
+    # Beside so large an output 64 keys fit 255 registers on sm_90 alone, at 128 columns; elsewhere they would spill.
+    fits = target.startswith("sm_90") and head_dim == 128
+    crowded = tile_rows * head_dim >= 128 * 128 and not fits
     for kv_tile in (32, 16) if crowded else (64, 32, 16):
         # 16 rows are shared by all warps, each with 16 keys of a step. Larger tiles are dealt to four warps: at 128
         # rows each has 32, and reads K and V from shared memory half as often as eight warps of 16 would.
