@@ -235,3 +235,18 @@ def test_page_offsets_beyond_31_bits(device: str) -> None:
     expected, expected_lse = reference.ragged(batch.q.cpu(), [0, 1], list(k.cpu()), list(v.cpu()))
     reference.assert_close(o.cpu(), expected, torch.float16)
     reference.assert_lse_close(lse.cpu() * LN2, expected_lse)
+
+
+def test_torch_default_device_changes_nothing() -> None:
+    batch = Paged([1, 1], [40, 7], heads=8, dim=64)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(torch.empty(1 << 20, dtype=torch.uint8))
+    plain = planned(wrapper, batch)
+    with torch.device("meta"):
+        assert torch.equal(planned(wrapper, batch), plain)
+
+
+def planned(wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper, batch: Paged) -> torch.Tensor:
+    wrapper.plan(batch.indptr, batch.indices, batch.last_page_len, 8, 2, 64, 16, q_data_type=batch.dtype)
+    out = wrapper.run(batch.q, batch.cache)
+    assert isinstance(out, torch.Tensor)
+    return out

@@ -40,7 +40,7 @@ class Lengths(NamedTuple):
 
 def one_query_each(requests: int) -> Queries:
     """Return the queries of a decode batch."""
-    return Queries(torch.arange(requests + 1, dtype=torch.int32), requests, 1)
+    return Queries(torch.arange(requests + 1, dtype=torch.int32, device="cpu"), requests, 1)
 
 
 def host_queries(q_indptr: torch.Tensor) -> Queries:

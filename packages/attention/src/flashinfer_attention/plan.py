@@ -197,7 +197,7 @@ def _write(problem: Problem, lengths: Lengths, kernels: Kernels, partial: Partia
         tile_rows=kernels.tile_rows,
         num_workers=kernels.workers,
     )
-    host = torch.empty(bound, dtype=torch.uint8, pin_memory=not problem.is_cpu)
+    host = torch.empty(bound, dtype=torch.uint8, device="cpu", pin_memory=not problem.is_cpu)
     counts = planner.plan(
         q_indptr=lengths.queries.indptr.data_ptr(),
         kv_indptr=lengths.kv_indptr.data_ptr(),

@@ -68,7 +68,7 @@ class Wrapper:
     @property
     def _pin_memory_int_workspace_buffer(self) -> torch.Tensor:
         host = self._workspace.host
-        return torch.empty(0, dtype=torch.uint8) if host is None else host
+        return torch.empty(0, dtype=torch.uint8, device="cpu") if host is None else host
 
     def reset_workspace_buffer(
         self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: Optional[torch.Tensor]

@@ -153,6 +153,10 @@ def _check_targets(
         entry = indptr[request] + position // cache.page_size
         if entry >= indptr[request + 1]:
             raise InvalidArgumentError(f"token {token}: request {request} has no page for its position {position}")
+        if not 0 <= entry < len(table):
+            raise InvalidArgumentError(
+                f"kv_indptr points request {request} at entry {entry} of kv_indices, which has {len(table)}"
+            )
         if not 0 <= table[entry] < cache.pages:
             raise InvalidArgumentError(
                 f"kv_indices names page {table[entry]} for position {position} of request {request}, "
