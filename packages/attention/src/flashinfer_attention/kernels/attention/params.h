@@ -52,8 +52,8 @@ struct MergeParams {
   int64_t o_stride_head;
   UniformWork uniform;
   int32_t tile_rows;  // rows of a whole tile, for `uniform`
-  int32_t kv_heads;
-  int32_t group;
+  int32_t kv_heads;  // these two describe the tiles of the plan: a CPU's decode tile has the rows of all heads, so that
+  int32_t group;     // there kv_heads is 1 and group counts all query heads
   int32_t head_dim;
   float lse_scale;  // as in AttentionParams
   int32_t pad;

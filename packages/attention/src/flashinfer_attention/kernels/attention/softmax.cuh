@@ -12,7 +12,7 @@ namespace attention {
 // State of the two rows (l / 4 and l / 4 + 8) that lane l holds of a 16-row fragment.
 struct RowState {
   float max[2];  // largest score so far, times the scale; base 2
-  float sum[2];  // of this lane's columns only, until `finish`
+  float sum[2];  // of this lane's columns; `attend` adds those of the row's other lanes last
 };
 
 __device__ inline RowState empty_rows() { return {{negative_infinity(), negative_infinity()}, {0.0f, 0.0f}}; }
