@@ -23,7 +23,7 @@ EVERYTHING = 1 << 40
 
 ITEM = np.dtype(
     [(name, np.int32) for name in ("q_start", "q_len", "kv_start", "kv_len", "kv_head", "row_begin", "kv_begin")]
-    + [("kv_end", np.int32), ("partial", np.int32), ("pad", np.int32, 3)]
+    + [("kv_end", np.int32), ("partial", np.int32), ("request", np.int32), ("merge", np.int32), ("pad", np.int32)]
 )
 MERGE = np.dtype(
     [(name, np.int32) for name in ("q_start", "q_len", "kv_head", "row_begin", "rows", "partial", "pieces", "pad")]
@@ -174,13 +174,14 @@ def check_partials(case: Case, planned: Planned) -> None:
     assert planned.counts.partial_rows <= min(case.max_partial_rows, useful)
     assert planned.counts.num_merges <= case.num_workers - 1
     assert planned.merges["pieces"].sum() == len(pieces)
-    for merge in planned.merges:
+    for index, merge in enumerate(planned.merges):
         assert merge["pieces"] >= 2
         assert merge["rows"] == min(case.tile_rows, merge["q_len"] * case.group - merge["row_begin"])
         end = merge["partial"] + merge["pieces"] * case.tile_rows
         of_tile = pieces[(pieces["partial"] >= merge["partial"]) & (pieces["partial"] < end)]
         for name in ("q_start", "q_len", "kv_head", "row_begin"):
             assert (of_tile[name] == merge[name]).all()
+        assert (of_tile["merge"] == index).all()
         assert (of_tile["kv_begin"][1:] == of_tile["kv_end"][:-1]).all()
 
 

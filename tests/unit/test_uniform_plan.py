@@ -19,8 +19,8 @@ SHIM = """#include "core/plan.h"
 using namespace flashinfer;
 extern "C" void item(const UniformWork* work, int32_t group, int32_t kv_heads, int32_t tile_rows, int32_t index,
                      WorkItem* out) { *out = uniform_item(*work, group, kv_heads, tile_rows, index); }
-extern "C" void merge(const UniformWork* work, int32_t group, int32_t kv_heads, int32_t tile_rows, int32_t index,
-                      MergeItem* out) { *out = uniform_merge(*work, group, kv_heads, tile_rows, index); }
+extern "C" void merge(const UniformWork* work, int32_t group, int32_t, int32_t tile_rows, int32_t index,
+                      MergeItem* out) { *out = uniform_merge(*work, group, tile_rows, index); }
 """
 
 UniformWork = params.structure("flashinfer_core", "core/work.h", "UniformWork")
@@ -46,7 +46,7 @@ class Case:
         return planner.uniform_plan(**vars(self))
 
     def work(self, plan: planner.UniformPlan) -> ctypes.Structure:
-        return UniformWork(self.q_len, self.kv_len, plan.tiles, plan.pieces, plan.piece_len, int(self.causal))
+        return UniformWork(self.q_len, self.kv_len, plan.tiles, plan.pieces, plan.piece_len, int(self.causal), -1)
 
     def seen(self, row: int) -> int:
         """Count the keys that a packed row sees."""

@@ -165,7 +165,7 @@ UniformResult uniform_plan(const PlanShape& shape, int32_t q_len, int32_t kv_len
   const int32_t key_tiles = std::max(ceil_div(kv_len, shape.kv_tile), 1);
   const int32_t length = tiles == 0 ? key_tiles : best_piece(tiles, key_tiles, shape.num_workers, max_pieces);
   const int32_t pieces = ceil_div(key_tiles, length);
-  const UniformWork work = {q_len, kv_len, tiles_per_head, pieces, length * shape.kv_tile, shape.causal};
+  const UniformWork work = {q_len, kv_len, tiles_per_head, pieces, length * shape.kv_tile, shape.causal, -1};
   return {work, tiles * pieces, pieces > 1 ? tiles * pieces * shape.tile_rows : 0};
 }
 

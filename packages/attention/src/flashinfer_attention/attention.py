@@ -153,8 +153,9 @@ def _launch_uniform(
     work, uniform = _split(problem, q.shape[0], kv.pages, kernels)
     stream = stream_of(problem.device)
     attention_type, merge_type = structures()
-    params = attention_type(kv_heads=kv.heads, group=problem.group, head_dim=kv.head_dim, page_size=1, uniform=uniform)
-    params.causal = problem.causal
+    params = attention_type(kv_heads=kv.heads, group=problem.group, page_size=1, uniform=uniform)
+    params.head_dim = params.head_dim_vo = kv.head_dim
+    params.causal, params.window_left = problem.causal, -1
     _fill(params, q, kv, out, lse, sm_scale, lse_scale)
     workers = min(work.num_items, kernels.workers)
     if work.pieces <= 1:
@@ -162,7 +163,7 @@ def _launch_uniform(
         return
     # Lives until the end of this function: by then the launches have run (CPU) or are ordered in the stream (GPU).
     partial = allocate_partial(work.partial_rows, kv.head_dim, q.device)
-    merge = merge_type(tile_rows=kernels.tile_rows, head_dim=kv.head_dim, uniform=uniform)
+    merge = merge_type(tile_rows=kernels.tile_rows, head_dim_vo=kv.head_dim, uniform=uniform)
     merge.kv_heads, merge.group = kernels.tile_kv_heads, kernels.tile_group
     params.partial_o = merge.partial_o = partial.place.o
     params.partial_lse = merge.partial_lse = partial.place.lse
@@ -173,7 +174,7 @@ def _launch_uniform(
 
 def _split(
     problem: Problem, q_len: int, kv_len: int, kernels: Kernels
-) -> Tuple[planner.UniformPlan, Tuple[int, int, int, int, int, int]]:
+) -> Tuple[planner.UniformPlan, Tuple[int, int, int, int, int, int, int]]:
     """Return the pieces of one request, and the fields of `UniformWork` that say so to the kernels."""
     work = planner.uniform_plan(
         q_len=q_len,
@@ -186,7 +187,7 @@ def _split(
         num_workers=kernels.workers,
         max_partial_rows=kernels.useful_partial_rows,
     )
-    return work, (q_len, kv_len, work.tiles, work.pieces, work.piece_len, int(problem.causal))
+    return work, (q_len, kv_len, work.tiles, work.pieces, work.piece_len, int(problem.causal), -1)
 
 
 def _outputs(q: torch.Tensor, out: Optional[torch.Tensor], lse: Optional[torch.Tensor], wants_lse: bool) -> Output:
@@ -215,6 +216,7 @@ def _fill(
     params.k, params.v = kv.k, kv.v
     params.k_stride_page, params.k_stride_token, params.k_stride_head = kv.k_strides
     params.v_stride_page, params.v_stride_token, params.v_stride_head = kv.v_strides
+    params.v_factor = 1.0
     params.sm_scale = 1.0 / math.sqrt(kv.head_dim) if sm_scale is None else sm_scale
     _fill_output(params, out, lse, lse_scale)
 

@@ -225,8 +225,10 @@ def _attention_params(problem: Problem, page_size: Optional[int], kernels: Kerne
         kv_heads=problem.num_kv_heads,
         group=problem.group,
         head_dim=problem.head_dim,
+        head_dim_vo=problem.head_dim,
         page_size=page_size or 1,
         causal=problem.causal,
+        window_left=-1,
     )
 
 
@@ -240,5 +242,5 @@ def _merge_params(problem: Problem, kernels: Kernels, partial: Partial, work: in
         tile_rows=kernels.tile_rows,
         kv_heads=kernels.tile_kv_heads,
         group=kernels.tile_group,
-        head_dim=problem.head_dim,
+        head_dim_vo=problem.head_dim,
     )

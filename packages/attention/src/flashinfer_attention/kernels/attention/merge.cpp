@@ -24,8 +24,8 @@ void merge_row(const MergeParams& p, const MergeItem& item, int32_t row) {
     const int64_t slot = partial + int64_t(piece) * p.tile_rows;
     const float weight = std::exp(p.partial_lse[slot] - largest);
     if (weight == 0) continue;
-    const float* from = p.partial_o + slot * p.head_dim;
-    for (int32_t d = 0; d < p.head_dim; ++d) o[d] += weight * from[d];
+    const float* from = p.partial_o + slot * p.head_dim_vo;
+    for (int32_t d = 0; d < p.head_dim_vo; ++d) o[d] += weight * from[d];
     sum += weight;
   }
   const float scale = sum == 0 ? 0 : 1 / sum;
@@ -33,7 +33,7 @@ void merge_row(const MergeParams& p, const MergeItem& item, int32_t row) {
   const int64_t token = int64_t(item.q_start) + packed / p.group;
   const int64_t head = int64_t(item.kv_head) * p.group + packed % p.group;
   T* to = static_cast<T*>(p.o) + token * p.o_stride_token + head * p.o_stride_head;
-  for (int32_t d = 0; d < p.head_dim; ++d) to[d] = simd::round_to(o[d] * scale, T{});
+  for (int32_t d = 0; d < p.head_dim_vo; ++d) to[d] = simd::round_to(o[d] * scale, T{});
   if (p.lse == nullptr) return;
   const float lse = sum == 0 ? -kInfinity : largest + std::log(sum);
   p.lse[token * p.kv_heads * p.group + head] = lse * p.lse_scale;
@@ -44,7 +44,7 @@ void merge(const MergeParams& p, int32_t worker, int32_t num_workers) {
   const bool listed = p.merges != nullptr;
   const int32_t merges = listed ? *p.num_merges : p.kv_heads * p.uniform.tiles;
   for (int32_t i = 0; i < merges; ++i) {
-    const MergeItem item = listed ? p.merges[i] : uniform_merge(p.uniform, p.group, p.kv_heads, p.tile_rows, i);
+    const MergeItem item = listed ? p.merges[i] : uniform_merge(p.uniform, p.group, p.tile_rows, i);
     for (int32_t row = worker; row < item.rows; row += num_workers) merge_row<T>(p, item, row);
   }
 }

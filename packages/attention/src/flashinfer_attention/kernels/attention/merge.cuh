@@ -43,8 +43,8 @@ __device__ inline RowSum sum_pieces(const MergeParams& p, const float* o, const 
 #pragma unroll
     for (int i = 0; i < kMaxHeadDim / 128; ++i) {
       const int column = i * 128 + threadIdx.x % 32 * 4;
-      if (column >= p.head_dim) break;
-      const float4 value = *reinterpret_cast<const float4*>(o + row * p.head_dim + column);
+      if (column >= p.head_dim_vo) break;
+      const float4 value = *reinterpret_cast<const float4*>(o + row * p.head_dim_vo + column);
       sum.columns[i].x += weight * value.x;
       sum.columns[i].y += weight * value.y;
       sum.columns[i].z += weight * value.z;
@@ -79,7 +79,7 @@ __device__ void store_row(const MergeParams& p, const MergeItem& item, int32_t r
   auto* o = static_cast<uint16_t*>(p.o) + token * p.o_stride_token + head * p.o_stride_head;
   for (int i = 0; i < kMaxHeadDim / 128; ++i) {
     const int column = i * 128 + lane * 4;
-    if (column >= p.head_dim) break;
+    if (column >= p.head_dim_vo) break;
     const uint32_t pairs[2] = {pack<T>(sum.columns[i].x, sum.columns[i].y),
                                pack<T>(sum.columns[i].z, sum.columns[i].w)};
     for (int j = 0; j < 4; ++j) o[column + j] = static_cast<uint16_t>(pairs[j / 2] >> (16 * (j % 2)));
@@ -100,12 +100,12 @@ __global__ void __launch_bounds__(32 * kMergeWarps) merge(const __grid_constant_
     const int32_t index = static_cast<int32_t>(unit / p.tile_rows);
     const int32_t row = static_cast<int32_t>(unit % p.tile_rows);
     const MergeItem item =
-        p.merges != nullptr ? p.merges[index] : uniform_merge(p.uniform, p.group, p.kv_heads, p.tile_rows, index);
+        p.merges != nullptr ? p.merges[index] : uniform_merge(p.uniform, p.group, p.tile_rows, index);
     if (row >= item.rows) continue;  // the same for all warps that share the row
     const int64_t first = static_cast<int64_t>(item.partial) + row;
     const float* lse = p.partial_lse + first;
     const float total = merged_lse(lse, item.pieces, p.tile_rows);
-    RowSum sum = sum_pieces(p, p.partial_o + first * p.head_dim, lse, total, warp % sharing, item.pieces, sharing);
+    RowSum sum = sum_pieces(p, p.partial_o + first * p.head_dim_vo, lse, total, warp % sharing, item.pieces, sharing);
     if (sharing > 1) add_warps(sum, exchange);
     if (warp % sharing == 0) store_row<T>(p, item, row, sum, total);
   }

@@ -61,7 +61,7 @@ FLASHINFER_HOST_DEVICE inline int32_t visible_keys(int32_t q_len, int32_t kv_len
 
 // One tile of one KV head, and what it costs: `key_tiles`, plus one for starting it.
 struct PlanTile {
-  int32_t q_start, q_len, kv_start, kv_len, kv_head, row_begin;
+  int32_t request, q_start, q_len, kv_start, kv_len, kv_head, row_begin;
   int32_t visible;
   int32_t key_tiles;
 };
@@ -69,6 +69,7 @@ struct PlanTile {
 FLASHINFER_HOST_DEVICE inline PlanTile tile_at(const PlanShape& shape, const PlanLengths& lengths, int32_t request,
                                                int32_t tile) {
   PlanTile t;
+  t.request = request;
   t.q_start = lengths.q_indptr[request];
   t.q_len = lengths.q_indptr[request + 1] - t.q_start;
   t.kv_start = lengths.kv_indptr[request];
@@ -127,19 +128,21 @@ struct PlanWriter {
     out.worker_indptr[0] = 0;
   }
 
-  FLASHINFER_HOST_DEVICE static WorkItem item(const PlanTile& t, int32_t kv_begin, int32_t kv_end, int32_t partial) {
-    return WorkItem{t.q_start,   t.q_len,  t.kv_start, t.kv_len, t.kv_head,
-                    t.row_begin, kv_begin, kv_end,     partial,  {0, 0, 0}};
+  FLASHINFER_HOST_DEVICE static WorkItem item(const PlanTile& t, int32_t kv_begin, int32_t kv_end, int32_t partial,
+                                              int32_t merge) {
+    return WorkItem{t.q_start, t.q_len, t.kv_start, t.kv_len,  t.kv_head, t.row_begin,
+                    kv_begin,  kv_end,  partial,    t.request, merge,     0};
   }
   FLASHINFER_HOST_DEVICE void whole(const PlanTile& t, int32_t heads) {
     WorkItem* const to = out.items + counts.items;
     PlanTile each = t;
-    for (int32_t i = 0; i < heads; ++i, ++each.kv_head) to[i] = item(each, 0, t.visible, -1);
+    for (int32_t i = 0; i < heads; ++i, ++each.kv_head) to[i] = item(each, 0, t.visible, -1, -1);
     counts.items += heads;
   }
   FLASHINFER_HOST_DEVICE void piece(const PlanTile& t, int32_t first, int32_t last) {
     const int32_t kv_end = last == t.key_tiles ? t.visible : last * shape.kv_tile;
-    out.items[counts.items++] = item(t, first * shape.kv_tile, kv_end, counts.pieces++ * shape.tile_rows);
+    const int32_t partial = counts.pieces++ * shape.tile_rows;
+    out.items[counts.items++] = item(t, first * shape.kv_tile, kv_end, partial, counts.merges);
   }
   FLASHINFER_HOST_DEVICE void merge(const PlanTile& t, int32_t pieces) {
     const int32_t rows = smaller(shape.tile_rows, t.q_len * shape.group - t.row_begin);
@@ -279,13 +282,16 @@ FLASHINFER_HOST_DEVICE inline WorkItem uniform_item(const UniformWork& work, int
   const int64_t end = begin + work.piece_len;
   const int32_t kv_begin = int32_t(begin < visible ? begin : visible);
   const int32_t kv_end = int32_t(end < visible ? end : visible);
-  const int32_t partial = work.pieces == 1 ? -1 : ((kv_head * work.tiles + tile) * work.pieces + piece) * tile_rows;
-  return WorkItem{0, work.q_len, 0, work.kv_len, kv_head, row_begin, kv_begin, kv_end, partial, {0, 0, 0}};
+  const int32_t merge = kv_head * work.tiles + tile;
+  if (work.pieces == 1)
+    return WorkItem{0, work.q_len, 0, work.kv_len, kv_head, row_begin, kv_begin, kv_end, -1, 0, -1, 0};
+  const int32_t partial = (merge * work.pieces + piece) * tile_rows;
+  return WorkItem{0, work.q_len, 0, work.kv_len, kv_head, row_begin, kv_begin, kv_end, partial, 0, merge, 0};
 }
 
 // Merge `index` of [0, kv_heads * tiles) of the same request.
-FLASHINFER_HOST_DEVICE inline MergeItem uniform_merge(const UniformWork& work, int32_t group, int32_t /*kv_heads*/,
-                                                      int32_t tile_rows, int32_t index) {
+FLASHINFER_HOST_DEVICE inline MergeItem uniform_merge(const UniformWork& work, int32_t group, int32_t tile_rows,
+                                                      int32_t index) {
   const int32_t kv_head = index / work.tiles;
   const int32_t row_begin = index % work.tiles * tile_rows;
   const int32_t rows = smaller(tile_rows, work.q_len * group - row_begin);

@@ -15,10 +15,12 @@ struct WorkItem {
   int32_t kv_len;     // keys of the request
   int32_t kv_head;    // KV head
   int32_t row_begin;  // first packed row of the tile; the tile ends at min(row_begin + tile_rows, q_len * group)
-  int32_t kv_begin;   // first key of this piece
+  int32_t kv_begin;   // first key of this piece, a multiple of the key tile
   int32_t kv_end;     // one past the last key of this piece; equal to kv_begin where no key is visible
   int32_t partial;    // first of tile_rows rows of this piece in the partial buffers; -1: whole, write o and lse
-  int32_t pad[3];
+  int32_t request;    // of the batch
+  int32_t merge;      // which MergeItem this piece belongs to; -1: whole
+  int32_t pad;
 };
 static_assert(sizeof(WorkItem) == 48, "host and device disagree on WorkItem");
 
@@ -42,7 +44,8 @@ struct UniformWork {
   int32_t pieces;     // KV pieces of every tile; 1: whole
   int32_t piece_len;  // keys of a piece, a multiple of the KV tile
   int32_t causal;
+  int32_t window_left;  // as in AttentionParams
 };
-static_assert(sizeof(UniformWork) == 24, "host and device disagree on UniformWork");
+static_assert(sizeof(UniformWork) == 28, "host and device disagree on UniformWork");
 
 }  // namespace flashinfer
