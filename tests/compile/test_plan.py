@@ -25,8 +25,7 @@ __global__ void run(const __grid_constant__ PlanParams p) {
   const int32_t index = static_cast<int32_t>(threadIdx.x);
   p.out.items[index] =
       flashinfer::uniform_item(p.uniform, p.shape.group, p.shape.kv_heads, p.shape.tile_rows, index);
-  p.out.merges[index] =
-      flashinfer::uniform_merge(p.uniform, p.shape.group, p.shape.kv_heads, p.shape.tile_rows, index);
+  p.out.merges[index] = flashinfer::uniform_merge(p.uniform, p.shape.group, p.shape.tile_rows, index);
 }
 }  // namespace planning
 """

@@ -86,36 +86,47 @@ struct Pipeline {
   int buffer = 0;  // of the queries that are used next
 };
 
-// One work item from its query rows to its result.
+// One work item from its query rows to its result. The item is read anew where it is needed: its fields would keep
+// registers from the matrices.
 template <typename T, typename Tile>
-__device__ void attend(const AttentionParams& p, const WorkItem& item, Pipeline<Tile>& pipeline) {
+__device__ void attend(const Work& work, int32_t index, Pipeline<Tile>& pipeline) {
+  const AttentionParams& p = work.p;
   const SharedTile<Tile>& tile = pipeline.tile;
-  const QueryRows queries{item, p.group};
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int first_row = Tile::kWarpsOverRows == 1 ? 0 : warp * Tile::kRowBlocks * 16;
   const int first_key = Tile::kWarpsOverKeys == 1 ? 0 : warp * Tile::kWarpKeys;
   const float scale = p.sm_scale * kLog2e;
-  const int32_t smallest_limit = queries.key_limit(0, p.causal);
-
-  // Copies are waited for with the first tile; of an item without one they would race with those of the next.
-  if (Tile::kQueryBuffers == 1 && item.kv_begin < item.kv_end) {
-    __syncthreads();  // all are done with the queries of the item before
-    load_queries<Tile>(p, queries, tile.q(0));
-    commit_copies();
+  int32_t key, kv_end, smallest_limit;
+  {
+    const WorkItem item = work.at<Tile>(index);
+    const QueryRows queries{item, p.group};
+    key = item.kv_begin;
+    kv_end = item.kv_end;
+    smallest_limit = queries.key_limit(0, p.causal);
+    // Copies are waited for with the first tile; of an item without one they would race with those of the next.
+    if (Tile::kQueryBuffers == 1 && key < kv_end) {
+      __syncthreads();  // all are done with the queries of the item before
+      load_queries<Tile>(p, queries, tile.q(0));
+      commit_copies();
+    }
+    if (Tile::kQueryBuffers == 2 && key < kv_end) pipeline.buffer ^= 1;
   }
   RowState state[Tile::kRowBlocks];
   Accumulator o[Tile::kRowBlocks][Tile::kDimBlocks] = {};
 #pragma unroll
   for (int r = 0; r < Tile::kRowBlocks; ++r) state[r] = empty_rows();
 
-  for (int32_t key = item.kv_begin; key < item.kv_end; key += Tile::kKeys) {
+  for (; key < kv_end; key += Tile::kKeys) {
     wait_copies<0>();
     __syncthreads();  // this tile has arrived for all, and all are done with the stage that is filled next
     pipeline.stream.load(tile, pipeline.stage ^ 1);
     Accumulator s[Tile::kRowBlocks][Tile::kKeyBlocks] = {};
-    score<T, Tile>(s, tile.q(pipeline.buffer), tile.k(pipeline.stage), first_row, first_key, lane);
+    score<T, Tile>(s, tile.q(Tile::kQueryBuffers == 2 ? pipeline.buffer ^ 1 : 0), tile.k(pipeline.stage), first_row,
+                   first_key, lane);
     if (key + Tile::kKeys > smallest_limit) {
+      const WorkItem item = work.at<Tile>(index);
+      const QueryRows queries{item, p.group};
 #pragma unroll
       for (int r = 0; r < Tile::kRowBlocks; ++r) {
         const int row = first_row + 16 * r + lane / 4;
@@ -127,8 +138,9 @@ __device__ void attend(const AttentionParams& p, const WorkItem& item, Pipeline<
     accumulate<T, Tile>(o, s, tile.v(pipeline.stage), first_key, lane);
     pipeline.stage ^= 1;
   }
-  if (Tile::kQueryBuffers == 2 && item.kv_begin < item.kv_end) pipeline.buffer ^= 1;
 
+  const WorkItem item = work.at<Tile>(index);
+  const QueryRows queries{item, p.group};
 #pragma unroll
   for (int r = 0; r < Tile::kRowBlocks; ++r) {
     for (int half = 0; half < 2; ++half) state[r].sum[half] = quad_sum(state[r].sum[half]);
@@ -147,7 +159,7 @@ __global__ void __launch_bounds__(Tile::kThreads) attention(const __grid_constan
   const Work work(p);
   Pipeline<Tile> pipeline{{shared}, KeyStream<Tile>(work)};
   pipeline.stream.load(pipeline.tile, 0);
-  for (int32_t i = work.index; i < work.end; i += work.step) attend<T, Tile>(p, work.at<Tile>(i), pipeline);
+  for (int32_t i = work.index; i < work.end; i += work.step) attend<T, Tile>(work, i, pipeline);
 }
 
 }  // namespace attention
