@@ -5,7 +5,6 @@
 #include <stdexcept>
 
 #include "core/plan.h"
-#include "core/uniform.h"
 
 namespace flashinfer::host {
 
@@ -18,7 +17,6 @@ struct BufferTooSmall : std::length_error {
 struct PlanOffsets {
   int64_t num_merges;
   int64_t merges;
-  int64_t arrivals;
   int64_t items;
 };
 

@@ -34,13 +34,12 @@ def plan(
     tile_rows: int,
     kv_tile: int,
     causal: bool,
-    window_left: int,
     num_workers: int,
     max_partial_rows: int,
     out: int,
     out_bytes: int,
 ) -> tuple[int, int, int, int]: ...
-def plan_offsets(num_workers: int) -> tuple[int, int, int, int]: ...
+def plan_offsets(num_workers: int) -> tuple[int, int, int]: ...
 def plan_bytes(total_q: int, num_requests: int, group: int, kv_heads: int, tile_rows: int, num_workers: int) -> int: ...
 def uniform_plan(
     q_len: int,
@@ -50,7 +49,6 @@ def uniform_plan(
     tile_rows: int,
     kv_tile: int,
     causal: bool,
-    window_left: int,
     num_workers: int,
     max_partial_rows: int,
 ) -> tuple[int, int, int, int, int]: ...

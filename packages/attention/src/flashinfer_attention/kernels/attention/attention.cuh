@@ -9,15 +9,15 @@
 #include "attention/output.cuh"
 #include "attention/softmax.cuh"
 #include "attention/tile.cuh"
-#include "core/uniform.h"
+#include "core/plan.h"
 
 namespace flashinfer {
 namespace attention {
 
 // S = Q K^T for this warp's rows and keys.
 template <typename T, typename Tile>
-__device__ void score(Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], SharedRows<Tile> q, SharedRows<Tile> k,
-                      int first_row, int first_key, int lane) {
+__device__ void score(Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], typename Tile::Queries q,
+                      typename Tile::Keys k, int first_row, int first_key, int lane) {
 #pragma unroll
   for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
     FragmentA rows[Tile::kRowBlocks];
@@ -39,7 +39,7 @@ __device__ void score(Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], Shar
 // O += P V for this warp's rows and keys.
 template <typename T, typename Tile>
 __device__ void accumulate(Accumulator (&o)[Tile::kRowBlocks][Tile::kDimBlocks],
-                           const Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], SharedRows<Tile> v,
+                           const Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], typename Tile::Values v,
                            int first_key, int lane) {
 #pragma unroll
   for (int step = 0; step < Tile::kWarpKeys / 16; ++step) {
@@ -78,36 +78,37 @@ __device__ void rescale(Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], Ro
 }
 
 // What a CTA carries from one work item to the next.
-template <typename Tile>
+template <typename Tile, typename Scores>
 struct Pipeline {
   SharedTile<Tile> tile;
-  KeyStream<Tile> stream;
+  KeyStream<Tile, Scores> stream;
   int stage = 0;   // of the tile that is used next
   int buffer = 0;  // of the queries that are used next
 };
 
 // One work item from its query rows to its result. The item is read anew where it is needed: its fields would keep
 // registers from the matrices.
-template <typename T, typename Tile>
-__device__ void attend(const Work& work, int32_t index, Pipeline<Tile>& pipeline) {
+template <typename T, typename Tile, typename Scores>
+__device__ void attend(const Work& work, int32_t index, Pipeline<Tile, Scores>& pipeline) {
   const AttentionParams& p = work.p;
   const SharedTile<Tile>& tile = pipeline.tile;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int first_row = Tile::kWarpsOverRows == 1 ? 0 : warp * Tile::kRowBlocks * 16;
   const int first_key = Tile::kWarpsOverKeys == 1 ? 0 : warp * Tile::kWarpKeys;
-  const float scale = p.sm_scale * kLog2e;
   int32_t key, kv_end, smallest_limit;
+  float scale;
   {
     const WorkItem item = work.at<Tile>(index);
     const QueryRows queries{item, p.group};
     key = item.kv_begin;
     kv_end = item.kv_end;
     smallest_limit = queries.key_limit(0, p.causal);
+    scale = logit_scale(p, item.kv_head);
     // Copies are waited for with the first tile; of an item without one they would race with those of the next.
     if (Tile::kQueryBuffers == 1 && key < kv_end) {
       __syncthreads();  // all are done with the queries of the item before
-      load_queries<Tile>(p, queries, tile.q(0));
+      load_queries<Tile, Scores>(p, queries, tile.q(0));
       commit_copies();
     }
     if (Tile::kQueryBuffers == 2 && key < kv_end) pipeline.buffer ^= 1;
@@ -124,17 +125,21 @@ __device__ void attend(const Work& work, int32_t index, Pipeline<Tile>& pipeline
     Accumulator s[Tile::kRowBlocks][Tile::kKeyBlocks] = {};
     score<T, Tile>(s, tile.q(Tile::kQueryBuffers == 2 ? pipeline.buffer ^ 1 : 0), tile.k(pipeline.stage), first_row,
                    first_key, lane);
-    if (key + Tile::kKeys > smallest_limit) {
+    if (Scores::kGeneral || key + Tile::kKeys > smallest_limit) {
       const WorkItem item = work.at<Tile>(index);
       const QueryRows queries{item, p.group};
 #pragma unroll
       for (int r = 0; r < Tile::kRowBlocks; ++r) {
         const int row = first_row + 16 * r + lane / 4;
-        const int32_t limit[2] = {queries.key_limit(row, p.causal), queries.key_limit(row + 8, p.causal)};
-        mask_scores(s[r], limit, key + first_key, lane);
+        if constexpr (Scores::kGeneral) {
+          finish_scores(p, queries, s[r], row, key + first_key, lane, scale);
+        } else {
+          const int32_t limit[2] = {queries.key_limit(row, p.causal), queries.key_limit(row + 8, p.causal)};
+          mask_scores(s[r], limit, key + first_key, lane);
+        }
       }
     }
-    rescale<Tile>(s, state, o, scale);
+    rescale<Tile>(s, state, o, Scores::kGeneral ? 1.0f : scale);
     accumulate<T, Tile>(o, s, tile.v(pipeline.stage), first_key, lane);
     pipeline.stage ^= 1;
   }
@@ -145,21 +150,21 @@ __device__ void attend(const Work& work, int32_t index, Pipeline<Tile>& pipeline
   for (int r = 0; r < Tile::kRowBlocks; ++r) {
     for (int half = 0; half < 2; ++half) state[r].sum[half] = quad_sum(state[r].sum[half]);
     if constexpr (Tile::kWarpsOverKeys > 1) {
-      combine_and_store<T, Tile>(p, queries, tile, pipeline.stage ^ 1, o[r], state[r]);
+      combine_and_store<T, Tile, Scores>(p, queries, tile, pipeline.stage ^ 1, o[r], state[r]);
     } else {
-      store_rows<T>(p, queries, first_row + 16 * r, 0, o[r], state[r]);
+      store_rows<T, Scores>(p, queries, first_row + 16 * r, 0, o[r], state[r]);
     }
   }
 }
 
 // Grid: one CTA a worker, as many as the plan says; Tile::kThreads threads.
-template <typename T, typename Tile>
+template <typename T, typename Tile, typename Scores>
 __global__ void __launch_bounds__(Tile::kThreads) attention(const __grid_constant__ AttentionParams p) {
-  extern __shared__ __align__(128) uint16_t shared[];
+  extern __shared__ __align__(128) uint8_t shared[];
   const Work work(p);
-  Pipeline<Tile> pipeline{{shared}, KeyStream<Tile>(work)};
+  Pipeline<Tile, Scores> pipeline{{shared}, KeyStream<Tile, Scores>(work)};
   pipeline.stream.load(pipeline.tile, 0);
-  for (int32_t i = work.index; i < work.end; i += work.step) attend<T, Tile>(work, i, pipeline);
+  for (int32_t i = work.index; i < work.end; i += work.step) attend<T, Tile, Scores>(work, i, pipeline);
 }
 
 }  // namespace attention

@@ -5,7 +5,7 @@
 
 #include "attention/params.h"
 #include "core/math.cuh"
-#include "core/uniform.h"
+#include "core/plan.h"
 
 namespace flashinfer {
 namespace attention {

@@ -2,6 +2,7 @@
 // pieces.
 #pragma once
 
+#include "attention/scores.cuh"
 #include "attention/softmax.cuh"
 #include "attention/tile.cuh"
 
@@ -20,34 +21,59 @@ __device__ void store_pair(void* o, int64_t offset, float low, float high) {
   }
 }
 
+// What is left to do for one row: its sum of values times `scale` is the output.
+struct RowResult {
+  float scale;
+  float lse;
+};
+
+// A sink is one more term of the sum, without a value; it belongs to the row, so not to a piece of it.
+__device__ inline RowResult row_result(float max, float sum, const float* sink) {
+  float correction = 1.0f;
+  if (sink != nullptr) {
+    const float logit = *sink * kLog2e;
+    const float larger = fmaxf(max, logit);
+    const float zero = finite_or_zero(larger);
+    correction = exp2_approx(max - zero);
+    sum = sum * correction + exp2_approx(logit - zero);
+    max = larger;
+  }
+  return {correction * inverse_sum(sum), natural_lse(max, sum)};
+}
+
 // Store 8 * kBlocks columns from `column` on of the two rows that this lane holds of the 16 from `first_row` on.
-template <typename T, int kBlocks>
+template <typename T, typename Scores, int kBlocks>
 __device__ void store_rows(const AttentionParams& p, const QueryRows& queries, int first_row, int column,
                            const Accumulator (&o)[kBlocks], const RowState& state) {
   const int lane = threadIdx.x % 32;
+  const int first_column = column + lane % 4 * 2;
+  const bool writes_lse = first_column == 0;
+  const float factor = value_scale(p, queries.item.kv_head);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + lane / 4 + 8 * half;
     if (!queries.exists(row)) continue;
-    const float scale = inverse_sum(state.sum[half]);
-    const float lse = natural_lse(state.max[half], state.sum[half]);
-    const int first_column = column + lane % 4 * 2;
-    const bool writes_lse = first_column == 0;
-    if (queries.item.partial >= 0) {
+    const int32_t head = queries.head(row);
+    const bool whole = queries.item.partial < 0;
+    const float* sink = whole && p.sinks != nullptr ? p.sinks + head : nullptr;
+    const RowResult result = row_result(state.max[half], state.sum[half], sink);
+    const float scale = result.scale * factor;
+    if (!whole) {
       const int64_t partial = static_cast<int64_t>(queries.item.partial) + row;
-      if (writes_lse) p.partial_lse[partial] = lse;
-      auto* target = reinterpret_cast<float2*>(p.partial_o + partial * p.head_dim + first_column);
+      if (writes_lse) p.partial_lse[partial] = result.lse;
+      auto* target = reinterpret_cast<float2*>(p.partial_o + partial * p.head_dim_vo + first_column);
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
+        if (Scores::kGeneral && column + 8 * block >= p.head_dim_vo) break;
         target[4 * block] = {o[block].x[2 * half] * scale, o[block].x[2 * half + 1] * scale};
       }
     } else {
       const int64_t token = queries.token(row);
-      const int32_t head = queries.head(row);
-      if (writes_lse && p.lse != nullptr) p.lse[token * p.kv_heads * p.group + head] = lse * p.lse_scale;
+      if (writes_lse && p.lse != nullptr) p.lse[token * p.kv_heads * p.group + head] = result.lse * p.lse_scale;
       const int64_t offset = token * p.o_stride_token + head * p.o_stride_head + first_column;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
+        if (Scores::kGeneral && column + 8 * block >= p.head_dim_vo) break;
         store_pair<T>(p.o, offset + 8 * block, o[block].x[2 * half] * scale, o[block].x[2 * half + 1] * scale);
       }
     }
@@ -56,7 +82,7 @@ __device__ void store_rows(const AttentionParams& p, const QueryRows& queries, i
 
 // Combine the results of warps that saw different keys of the same 16 rows, and store them, each warp a share of the
 // columns. `state.sum` is complete; `stage` is not in use.
-template <typename T, typename Tile>
+template <typename T, typename Tile, typename Scores>
 __device__ void combine_and_store(const AttentionParams& p, const QueryRows& queries, const SharedTile<Tile>& tile,
                                   int stage, const Accumulator (&o)[Tile::kDimBlocks], const RowState& state) {
   constexpr int kBlocks = Tile::kDimBlocks / Tile::kWarpsOverKeys;
@@ -65,7 +91,7 @@ __device__ void combine_and_store(const AttentionParams& p, const QueryRows& que
   float* const states = tile.states();
   // Blocks of eight columns are swizzled by row, so that four rows of one block fall into different banks.
   const auto value = [&](int row, int block) {
-    return reinterpret_cast<float2*>(tile.values(stage) + row * Tile::kHeadDim + (block ^ (row & 7)) * 8 +
+    return reinterpret_cast<float2*>(tile.values(stage) + row * Tile::kHeadDimVo + (block ^ (row & 3)) * 8 +
                                      lane % 4 * 2);
   };
   __syncthreads();  // all warps are done with the stage
@@ -104,7 +130,7 @@ __device__ void combine_and_store(const AttentionParams& p, const QueryRows& que
       }
     }
   }
-  store_rows<T>(p, queries, 0, warp * kBlocks * 8, total, combined);
+  store_rows<T, Scores>(p, queries, 0, warp * kBlocks * 8, total, combined);
 }
 
 }  // namespace attention

@@ -20,19 +20,6 @@ __device__ inline RowState empty_rows() { return {{negative_infinity(), negative
 // The exponent's zero point: a row that has seen no key must not compute -inf - -inf.
 __device__ inline float finite_or_zero(float max) { return max == negative_infinity() ? 0.0f : max; }
 
-// Set scores of keys that a row does not see to -inf. `limit` is one past the last key each of the two rows sees.
-template <int kKeyBlocks>
-__device__ void mask_scores(Accumulator (&s)[kKeyBlocks], const int32_t (&limit)[2], int32_t first_key, int lane) {
-#pragma unroll
-  for (int block = 0; block < kKeyBlocks; ++block) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int32_t key = first_key + block * 8 + lane % 4 * 2 + i % 2;
-      if (key >= limit[i / 2]) s[block].x[i] = negative_infinity();
-    }
-  }
-}
-
 // Turn scores into exp2(scale * s - max), update the state and return what earlier results must be multiplied by.
 template <int kKeyBlocks>
 __device__ void softmax(Accumulator (&s)[kKeyBlocks], RowState& state, float scale, float (&correction)[2]) {

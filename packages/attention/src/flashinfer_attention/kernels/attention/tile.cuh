@@ -1,7 +1,7 @@
 // The shape of one CTA's tile and where its parts lie in shared memory.
 //
-// Rows of shared memory are swizzled: 16-byte chunk c of row r lies at chunk c ^ (r % 8), so that eight rows of one
-// chunk fall into different banks.
+// Eight rows of one 16-byte chunk fall into different banks: chunk c of row r lies at chunk c ^ (r % 8) where a row has
+// a multiple of eight chunks, and rows are an odd number of chunks apart where it has not.
 #pragma once
 
 #include "attention/params.h"
@@ -10,39 +10,27 @@
 namespace flashinfer {
 namespace attention {
 
-template <int kHeadDim_, int kRows_, int kKeys_, int kWarps_>
-struct Tile {
+// What a cache holds: its element, and the columns of a key and of a value that a tile has room for.
+template <typename Element_, int kHeadDim_, int kHeadDimVo_>
+struct KeyValue {
+  using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kRows = kRows_;  // packed query rows
-  static constexpr int kKeys = kKeys_;  // keys of one step
-  static constexpr int kWarps = kWarps_;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kStages = 2;                                        // K and V tiles: one in use, one in flight
-  static constexpr int kQueryBuffers = kRows == 16 && kWarps > 1 ? 2 : 1;  // small ones are fetched ahead like K and V
-
-  // A tile of 16 rows gives each warp a slice of the keys; larger ones give each warp a slice of the rows.
-  static constexpr int kWarpsOverRows = kRows == 16 ? 1 : kWarps;
-  static constexpr int kWarpsOverKeys = kWarps / kWarpsOverRows;
-  static constexpr int kWarpKeys = kKeys / kWarpsOverKeys;
-  static constexpr int kRowBlocks = kRows / kWarpsOverRows / 16;  // 16-row fragments of a warp
-  static constexpr int kKeyBlocks = kWarpKeys / 8;                // 8-key accumulators of a warp
-  static constexpr int kDimBlocks = kHeadDim / 8;                 // 8-column accumulators of the output
-
-  static constexpr int kChunks = kHeadDim / 8;  // 16-byte chunks of a row
-  static constexpr int kRowsPerWarpPass = 32 / kChunks;
-  static constexpr int kRowsPerPass = kWarps * kRowsPerWarpPass;
-
-  static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256, "rows are copied by 8, 16 or 32 lanes");
-  static_assert(kWarpKeys % 16 == 0 && kRowBlocks * 16 * kWarpsOverRows == kRows, "fragments tile the warp's slice");
-  static_assert(kKeys % kRowsPerPass == 0 && kRows % kRowsPerPass == 0, "copies tile the rows");
+  static constexpr int kHeadDimVo = kHeadDimVo_;
 };
 
-// A 16-bit matrix of kHeadDim columns in shared memory.
-template <typename Tile>
+// A matrix of 16 or 8 bits an element in shared memory.
+template <typename Element, int kColumns>
 struct SharedRows {
-  uint16_t* data;
+  static constexpr int kChunkElements = 16 / sizeof(Element);
+  static constexpr int kChunks = kColumns / kChunkElements;  // 16-byte chunks of a row
+  static constexpr bool kSwizzled = kChunks % 8 == 0;
+  static constexpr int kPitch = kSwizzled ? kChunks : kChunks | 1;  // from row to row, in chunks
 
-  __device__ void* chunk(int row, int chunk) const { return data + row * Tile::kHeadDim + ((chunk ^ (row & 7)) * 8); }
+  uint8_t* data;
+
+  __device__ void* chunk(int row, int chunk) const {
+    return data + (row * kPitch + (kSwizzled ? chunk ^ (row & 7) : chunk)) * 16;
+  }
 
   // Rows [row, row + 16) and columns [16 * step, +16) as operand A.
   __device__ void load(FragmentA& a, int row, int step, int lane) const {
@@ -66,26 +54,61 @@ struct SharedRows {
   }
 };
 
+template <typename KeyValue, int kRows_, int kKeys_, int kWarps_>
+struct Tile {
+  using Element = typename KeyValue::Element;
+  static constexpr int kHeadDim = KeyValue::kHeadDim;
+  static constexpr int kHeadDimVo = KeyValue::kHeadDimVo;
+  static constexpr int kRows = kRows_;  // packed query rows
+  static constexpr int kKeys = kKeys_;  // keys of one step
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kStages = 2;                                        // K and V tiles: one in use, one in flight
+  static constexpr int kQueryBuffers = kRows == 16 && kWarps > 1 ? 2 : 1;  // small ones are fetched ahead like K and V
+
+  using Queries = SharedRows<f16, kHeadDim>;
+  using Keys = SharedRows<Element, kHeadDim>;
+  using Values = SharedRows<Element, kHeadDimVo>;
+
+  // A tile of 16 rows gives each warp a slice of the keys; larger ones give each warp a slice of the rows.
+  static constexpr int kWarpsOverRows = kRows == 16 ? 1 : kWarps;
+  static constexpr int kWarpsOverKeys = kWarps / kWarpsOverRows;
+  static constexpr int kWarpKeys = kKeys / kWarpsOverKeys;
+  static constexpr int kRowBlocks = kRows / kWarpsOverRows / 16;  // 16-row fragments of a warp
+  static constexpr int kKeyBlocks = kWarpKeys / 8;                // 8-key accumulators of a warp
+  static constexpr int kDimBlocks = kHeadDimVo / 8;               // 8-column accumulators of the output
+
+  // As many neighbouring lanes copy a row of K as one of V, so that one lane finds both.
+  static constexpr int kAnyChunks = Keys::kChunks | Values::kChunks | 32;
+  static constexpr int kLanesPerRow = kAnyChunks & -kAnyChunks;  // the largest power of two that divides them
+  static constexpr int kRowsPerWarpPass = 32 / kLanesPerRow;
+  static constexpr int kRowsPerPass = kWarps * kRowsPerWarpPass;
+
+  static_assert(kWarpKeys % 16 == 0 && kRowBlocks * 16 * kWarpsOverRows == kRows, "fragments tile the warp's slice");
+  static_assert(kKeys % kRowsPerPass == 0, "copies tile the keys");
+};
+
 // The parts of a CTA's shared memory: queries, then K and V of each stage, then the states that warps exchange.
 template <typename Tile>
 struct SharedTile {
-  uint16_t* base;
+  uint8_t* base;
 
-  __device__ SharedRows<Tile> q(int buffer) const { return {rows(buffer * Tile::kRows)}; }
-  __device__ SharedRows<Tile> k(int stage) const { return {rows(kQueryRows + 2 * stage * Tile::kKeys)}; }
-  __device__ SharedRows<Tile> v(int stage) const { return {rows(kQueryRows + (2 * stage + 1) * Tile::kKeys)}; }
+  __device__ typename Tile::Queries q(int buffer) const { return {base + buffer * kQueryBytes}; }
+  __device__ typename Tile::Keys k(int stage) const { return {base + kStagesOffset + stage * kStageBytes}; }
+  __device__ typename Tile::Values v(int stage) const { return {k(stage).data + kKeyBytes}; }
 
   // Where warps that saw different keys exchange their sums of values: a stage that is not in use.
   __device__ float* values(int stage) const { return reinterpret_cast<float*>(k(stage).data); }
-  __device__ float* states() const {
-    return reinterpret_cast<float*>(rows(kQueryRows + 2 * Tile::kStages * Tile::kKeys));
-  }
+  __device__ float* states() const { return reinterpret_cast<float*>(base + kStatesOffset); }
 
  private:
-  static constexpr int kQueryRows = Tile::kQueryBuffers * Tile::kRows;
-  static_assert(Tile::kWarpsOverKeys == 1 || Tile::kWarps * 16 * 4 <= 2 * Tile::kKeys * 2, "the values fit a stage");
-
-  __device__ uint16_t* rows(int row) const { return base + row * Tile::kHeadDim; }
+  static constexpr int kQueryBytes = Tile::kRows * Tile::Queries::kPitch * 16;
+  static constexpr int kKeyBytes = Tile::kKeys * Tile::Keys::kPitch * 16;
+  static constexpr int kStageBytes = kKeyBytes + Tile::kKeys * Tile::Values::kPitch * 16;
+  static constexpr int kStagesOffset = Tile::kQueryBuffers * kQueryBytes;
+  static constexpr int kStatesOffset = kStagesOffset + Tile::kStages * kStageBytes;
+  static_assert(Tile::kWarpsOverKeys == 1 || Tile::kWarps * 16 * Tile::kHeadDimVo * 4 <= kStageBytes,
+                "the values fit a stage");
 };
 
 // The query rows of one work item: packed row r is query r / group, head r % group of the KV head.
@@ -96,12 +119,13 @@ struct QueryRows {
   // Rows past the last of the request are computed with the others of the tile, and left out.
   __device__ bool exists(int row) const { return item.row_begin + row < item.q_len * group; }
   __device__ int32_t query(int row) const { return (item.row_begin + row) / group; }
+  __device__ int32_t position(int32_t query) const { return query + item.kv_len - item.q_len; }
   __device__ int64_t token(int row) const { return static_cast<int64_t>(item.q_start) + query(row); }
   __device__ int32_t head(int row) const { return item.kv_head * group + (item.row_begin + row) % group; }
 
   // One past the last key that the row sees in this piece.
   __device__ int32_t key_limit(int row, int32_t causal) const {
-    return causal ? min(item.kv_end, query(row) + item.kv_len - item.q_len + 1) : item.kv_end;
+    return causal ? min(item.kv_end, position(query(row)) + 1) : item.kv_end;
   }
 };
 

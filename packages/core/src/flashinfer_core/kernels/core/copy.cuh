@@ -10,23 +10,38 @@ struct alignas(16) Vector16 {
   uint32_t x[4];
 };
 
-// Copy 16 bytes, or write 16 zero bytes where `valid` is false. Both addresses are multiples of 16.
-__device__ inline void copy_async(void* shared, const void* global, bool valid) {
+// Copy the first `bytes` of 16, and write zeros for the others. Both addresses are multiples of 16; bytes is 0, 8
+// or 16.
+__device__ inline void copy_async(void* shared, const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
+               "r"(bytes)
                : "memory");
 #else
-  *static_cast<Vector16*>(shared) = valid ? *static_cast<const Vector16*>(global) : Vector16{};
+  Vector16 vector = {};
+  const auto* source = static_cast<const uint2*>(global);
+  if (bytes == 16) {
+    vector = *static_cast<const Vector16*>(global);
+  } else if (bytes == 8) {
+    vector = {{source->x, source->y, 0, 0}};
+  }
+  *static_cast<Vector16*>(shared) = vector;
 #endif
 }
 
-// The same for addresses that are multiples of 2 only.
-__device__ inline void copy_elements(void* shared, const void* global, bool valid) {
-  const auto* source = static_cast<const uint16_t*>(global);
+// The same for an address that is a multiple of the element's size only.
+template <typename Element>
+__device__ inline void copy_elements(void* shared, const void* global, int bytes) {
+  constexpr int kPerWord = 4 / sizeof(Element);
+  const auto* source = static_cast<const Element*>(global);
   Vector16 vector = {};
-  if (valid) {
-    for (int i = 0; i < 4; ++i) vector.x[i] = source[2 * i] | static_cast<uint32_t>(source[2 * i + 1]) << 16;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (4 * i >= bytes) break;
+#pragma unroll
+    for (int j = 0; j < kPerWord; ++j) {
+      vector.x[i] |= static_cast<uint32_t>(source[i * kPerWord + j].bits) << (32 / kPerWord * j);
+    }
   }
   *static_cast<Vector16*>(shared) = vector;
 }
