@@ -197,12 +197,21 @@ def test_extreme_logits(device: str, scale: float) -> None:
         torch.testing.assert_close(o.cpu().double(), expected, rtol=0, atol=5e-3)
 
 
+def chosen(target: str, dtype: str, dim: int, rows: int, general: bool) -> variants.AnyAttention:
+    return variants.choose(
+        target, dtype=dtype, kv_dtype=dtype, head_dim=dim, head_dim_vo=dim, max_rows=rows, general=general
+    )
+
+
 @pytest.mark.parametrize("target", list(TARGETS))
 def test_choose_picks_what_ships(target: str) -> None:
     dtypes = ("f16", "bf16") if not target.endswith("_75") else ("f16",)
     for dtype in dtypes:
         for dim in variants.CUDA_HEAD_DIMS:
             for rows in (1, 8, 16, 17, 64, 65, 1000):
-                assert variants.choose(target, dtype=dtype, head_dim=dim, max_rows=rows) in variants.shipped(target)
+                plain, general = (chosen(target, dtype, dim, rows, general) for general in (False, True))
+                assert plain in variants.shipped(target)
+                assert general.tile_rows == plain.tile_rows
+                assert plain.kv_tile % general.kv_tile == 0
     names = [variant.name for variant in variants.shipped(target)]
     assert len(set(names)) == len(names)

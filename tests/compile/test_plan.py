@@ -11,6 +11,7 @@ from flashinfer_core import compiler
 from tiny_package import needs_nvrtc
 
 KERNEL = """#include "core/plan.h"
+#include "core/uniform.h"
 namespace planning {
 struct PlanParams {
   flashinfer::PlanShape shape;
@@ -24,7 +25,7 @@ __global__ void run(const __grid_constant__ PlanParams p) {
   if (threadIdx.x == 0) flashinfer::plan(p.shape, p.lengths, p.max_partial_rows, p.out);
   const int32_t index = static_cast<int32_t>(threadIdx.x);
   p.out.items[index] =
-      flashinfer::uniform_item(p.uniform, p.shape.group, p.shape.kv_heads, p.shape.tile_rows, index);
+      flashinfer::uniform_item(p.uniform, p.shape.group, p.shape.kv_heads, p.shape.tile_rows, p.shape.kv_tile, index);
   p.out.merges[index] = flashinfer::uniform_merge(p.uniform, p.shape.group, p.shape.tile_rows, index);
 }
 }  // namespace planning
@@ -33,7 +34,7 @@ __global__ void run(const __grid_constant__ PlanParams p) {
 
 @dataclass(frozen=True)
 class Planning:
-    """A kernel that calls every device function of plan.h."""
+    """A kernel that calls every device function of plan.h and uniform.h."""
 
     package: str = "planning"
     source: str = "planning.cuh"

@@ -40,6 +40,7 @@ class Case:
     tile_rows: int = 16
     kv_tile: int = 64
     causal: bool = False
+    window_left: int = -1
     num_workers: int = 8
     max_partial_rows: int = EVERYTHING
 
@@ -69,9 +70,17 @@ class Case:
     def key_tiles(self, keys: int) -> int:
         return -(-keys // self.kv_tile)
 
-    def visible(self, q_len: int, kv_len: int, row: int) -> int:
-        """Count the keys that a packed row sees."""
-        return max(0, min(kv_len, row // self.group + kv_len - q_len + 1)) if self.causal else kv_len
+    def visible(self, q_len: int, kv_len: int, row: int) -> tuple[int, int]:
+        """Return the first key that a packed row sees and the end of those."""
+        position = row // self.group + kv_len - q_len
+        end = max(0, min(kv_len, position + 1)) if self.causal else kv_len
+        return (0 if self.window_left < 0 else min(max(0, position - self.window_left), end)), end
+
+    def span(self, q_len: int, kv_len: int, first_row: int) -> tuple[int, int]:
+        """Return the keys that a tile reads: from the key tile of its first visible key, to its last visible key."""
+        last_row = min(first_row + self.tile_rows, q_len * self.group) - 1
+        end = self.visible(q_len, kv_len, last_row)[1]
+        return min(self.visible(q_len, kv_len, first_row)[0] // self.kv_tile * self.kv_tile, end), end
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,7 @@ def run_plan(case: Case, buffer: npt.NDArray[np.uint8], out_bytes: int) -> plann
         tile_rows=case.tile_rows,
         kv_tile=case.kv_tile,
         causal=case.causal,
+        window_left=case.window_left,
         num_workers=case.num_workers,
         max_partial_rows=case.max_partial_rows,
         out=buffer.ctypes.data + GUARD,
@@ -117,6 +127,7 @@ def make_plan(case: Case) -> Planned:
     out = buffer[GUARD : GUARD + size]
     offsets = planner.plan_offsets(case.num_workers)
     assert out[offsets.num_merges :][:4].view(np.int32)[0] == counts.num_merges
+    assert not out[offsets.arrivals :][: 4 * case.num_workers].any()
     return Planned(
         counts,
         out[: 4 * (case.num_workers + 1)].view(np.int32),
@@ -137,6 +148,7 @@ def cases(draw: st.DrawFn) -> Case:
         tile_rows=tile_rows,
         kv_tile=draw(st.sampled_from([1, 8, 64])),
         causal=draw(st.booleans()),
+        window_left=draw(st.one_of(st.just(-1), st.integers(0, 3), st.integers(0, longest))),
         num_workers=draw(st.one_of(st.integers(1, 12), st.integers(1, 300))),
         max_partial_rows=draw(st.one_of(st.just(EVERYTHING), st.integers(0, 40 * tile_rows))),
     )
@@ -153,15 +165,18 @@ def check_coverage(case: Case, planned: Planned) -> None:
             for item in planned.items[mine & (q_len > 0)]:
                 assert (item["q_len"], item["kv_start"], item["kv_len"]) == (q_len, 3 * request, kv_len)
                 last = min(item["row_begin"] + case.tile_rows, rows)
-                seen = case.visible(q_len, kv_len, int(last) - 1)
-                assert 0 <= item["kv_begin"] <= item["kv_end"] <= seen
-                assert item["kv_begin"] < item["kv_end"] or seen == 0
+                first, end = case.span(q_len, kv_len, int(item["row_begin"]))
+                assert first <= item["kv_begin"] <= item["kv_end"] <= end
+                assert item["kv_begin"] % case.kv_tile == 0
+                assert item["kv_begin"] < item["kv_end"] or first == end
                 covered[item["row_begin"] : last, item["kv_begin"] : item["kv_end"]] += 1
                 tiles[item["row_begin"] : last] += 1
             assert (tiles >= 1).all()
             for row in range(rows):
-                last_of_tile = min(row // case.tile_rows * case.tile_rows + case.tile_rows, rows) - 1
-                assert (covered[row, : case.visible(q_len, kv_len, last_of_tile)] == 1).all()
+                first, end = case.visible(q_len, kv_len, row)
+                assert (covered[row, first:end] == 1).all()
+                span = case.span(q_len, kv_len, row // case.tile_rows * case.tile_rows)
+                assert covered[row].sum() == span[1] - span[0]
     assert planned.counts.num_items == 0 or (planned.items["q_len"] > 0).all()
 
 
@@ -192,8 +207,8 @@ def check_balance(case: Case, planned: Planned) -> None:
     tiles: dict[tuple[int, int, int], int] = {}
     for item in planned.items:
         tile = (int(item["q_start"]), int(item["kv_head"]), int(item["row_begin"]))
-        tiles[tile] = max(tiles.get(tile, 0), int(item["kv_end"]))
-    costs = [case.key_tiles(keys) + 1 for keys in tiles.values()]
+        tiles[tile] = tiles.get(tile, 0) + case.key_tiles(int(item["kv_end"] - item["kv_begin"]))
+    costs = [key_tiles + 1 for key_tiles in tiles.values()]
     bound = -(-sum(costs) // case.num_workers) + 1
     if case.max_partial_rows < planner.useful_partial_rows(case.tile_rows, case.num_workers):
         bound += max([case.key_tiles(kv_len) for _, kv_len in case.lengths], default=0)
@@ -209,6 +224,7 @@ def test_any_batch_is_covered_once_balanced_and_inside_its_buffers(case: Case) -
     check_balance(case, planned)
 
 
+@pytest.mark.parametrize("window_left", [-1, 0, 100], ids=["all", "itself", "window-100"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
     "lengths",
@@ -222,10 +238,18 @@ def test_any_batch_is_covered_once_balanced_and_inside_its_buffers(case: Case) -
         pytest.param([(1, 5000), (1, 1), (90, 90), (0, 4), (1, 0)], id="mixed"),
     ],
 )
-def test_edges(lengths: list[tuple[int, int]], causal: bool) -> None:
+def test_edges(lengths: list[tuple[int, int]], causal: bool, window_left: int) -> None:
     for num_workers in (1, 2, 264):
         for max_partial_rows in (0, 1, 31, 32, 33, 200, EVERYTHING):
-            case = Case(lengths, 4, 2, causal=causal, num_workers=num_workers, max_partial_rows=max_partial_rows)
+            case = Case(
+                lengths,
+                4,
+                2,
+                causal=causal,
+                window_left=window_left,
+                num_workers=num_workers,
+                max_partial_rows=max_partial_rows,
+            )
             planned = make_plan(case)
             check_coverage(case, planned)
             check_partials(case, planned)
@@ -269,6 +293,7 @@ def test_a_buffer_that_is_too_small_stays_untouched() -> None:
         ("kv_heads", 0, "kv_heads must be at least 1"),
         ("tile_rows", -16, "tile_rows must be at least 1"),
         ("kv_tile", 0, "kv_tile must be at least 1"),
+        ("window_left", -2, "window_left must be at least -1, got -2"),
         ("num_workers", 0, "num_workers must be at least 1"),
         ("num_workers", 1 << 30, "num_workers \\* tile_rows must be below"),
         ("num_workers", 1 << 40, "not an integer that fits"),
@@ -283,8 +308,8 @@ def test_bad_input_is_named(field: str, value: object, text: str) -> None:
     held = {name: np.array(data, dtype=np.int32) for name, data in arrays.items()}
     buffer = np.zeros(1 << 16, dtype=np.uint8)
     arguments = {
-        "num_requests": 2, "group": 4, "kv_heads": 2, "tile_rows": 16, "kv_tile": 64, "causal": True, "num_workers": 8,
-        "max_partial_rows": 0, "out": buffer.ctypes.data, "out_bytes": buffer.nbytes,
+        "num_requests": 2, "group": 4, "kv_heads": 2, "tile_rows": 16, "kv_tile": 64, "causal": True, "window_left": -1,
+        "num_workers": 8, "max_partial_rows": 0, "out": buffer.ctypes.data, "out_bytes": buffer.nbytes,
     }  # fmt: skip
     arguments.update({name: array.ctypes.data for name, array in held.items()})
     arguments.update({field: value} if isinstance(value, int) else {})
@@ -314,8 +339,14 @@ def test_offsets_depend_on_workers_alone() -> None:
         offsets = planner.plan_offsets(num_workers)
         assert offsets.num_merges == 4 * (num_workers + 1)
         assert offsets.num_merges + 4 <= offsets.merges < offsets.num_merges + 4 + 16
-        assert offsets.items == offsets.merges + 32 * num_workers
+        assert offsets.arrivals == offsets.merges + 32 * num_workers
+        assert offsets.arrivals + 4 * num_workers <= offsets.items < offsets.arrivals + 4 * num_workers + 16
         assert offsets.merges % 16 == offsets.items % 16 == 0
+
+
+def test_a_window_costs_what_it_sees() -> None:
+    long, short = (make_plan(Case([(1, keys)] * 3, window_left=1000, num_workers=1)) for keys in (100_000, 2000))
+    assert abs(long.load(Case([]), 0) - short.load(Case([]), 0)) <= 3
 
 
 def test_one_worker_never_splits() -> None:

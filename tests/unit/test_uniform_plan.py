@@ -1,4 +1,4 @@
-"""One request in equal pieces: the closed form of plan.h, called through a shim that g++ compiles."""
+"""One request in equal pieces: the closed form of uniform.h, called through a shim that g++ compiles."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from hypothesis import strategies as st
 from flashinfer_core import compiler, headers, params, planner
 from flashinfer_core.errors import InvalidArgumentError
 
-SHIM = """#include "core/plan.h"
+SHIM = """#include "core/uniform.h"
 using namespace flashinfer;
-extern "C" void item(const UniformWork* work, int32_t group, int32_t kv_heads, int32_t tile_rows, int32_t index,
-                     WorkItem* out) { *out = uniform_item(*work, group, kv_heads, tile_rows, index); }
-extern "C" void merge(const UniformWork* work, int32_t group, int32_t, int32_t tile_rows, int32_t index,
-                      MergeItem* out) { *out = uniform_merge(*work, group, tile_rows, index); }
+extern "C" void item(const UniformWork* work, int32_t group, int32_t kv_heads, int32_t tile_rows, int32_t kv_tile,
+                     int32_t index, WorkItem* out) {
+  *out = uniform_item(*work, group, kv_heads, tile_rows, kv_tile, index);
+}
+extern "C" void merge(const UniformWork* work, int32_t group, int32_t, int32_t tile_rows, int32_t,
+                      int32_t index, MergeItem* out) {
+  *out = uniform_merge(*work, group, tile_rows, index);
+}
 """
 
 UniformWork = params.structure("flashinfer_core", "core/work.h", "UniformWork")
@@ -39,6 +43,7 @@ class Case:
     tile_rows: int
     kv_tile: int
     causal: bool
+    window_left: int
     num_workers: int
     max_partial_rows: int
 
@@ -46,13 +51,14 @@ class Case:
         return planner.uniform_plan(**vars(self))
 
     def work(self, plan: planner.UniformPlan) -> ctypes.Structure:
-        return UniformWork(self.q_len, self.kv_len, plan.tiles, plan.pieces, plan.piece_len, int(self.causal), -1)
+        lengths = (self.q_len, self.kv_len, plan.tiles, plan.pieces, plan.piece_len)
+        return UniformWork(*lengths, int(self.causal), self.window_left)
 
-    def seen(self, row: int) -> int:
-        """Count the keys that a packed row sees."""
-        if not self.causal:
-            return self.kv_len
-        return max(0, min(self.kv_len, row // self.group + self.kv_len - self.q_len + 1))
+    def seen(self, row: int) -> tuple[int, int]:
+        """Return the first key that a packed row sees and the end of those."""
+        position = row // self.group + self.kv_len - self.q_len
+        end = max(0, min(self.kv_len, position + 1)) if self.causal else self.kv_len
+        return (0 if self.window_left < 0 else min(max(0, position - self.window_left), end)), end
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,7 @@ def evaluate(function: Callable[..., None], kind: type[ctypes.Structure], case: 
     work, out = case.work(case.plan()), kind()
     found = []
     for index in range(count):
-        function(ctypes.byref(work), case.group, case.kv_heads, case.tile_rows, index, ctypes.byref(out))
+        function(ctypes.byref(work), case.group, case.kv_heads, case.tile_rows, case.kv_tile, index, ctypes.byref(out))
         found.append(kind.from_buffer_copy(out))
     return found
 
@@ -83,6 +89,7 @@ requests = st.builds(
     tile_rows=st.sampled_from([1, 2, 16, 64]),
     kv_tile=st.sampled_from([1, 8, 64]),
     causal=st.booleans(),
+    window_left=st.one_of(st.just(-1), st.integers(0, 900)),
     num_workers=st.one_of(st.integers(1, 12), st.integers(1, 300)),
     max_partial_rows=st.one_of(st.just(1 << 40), st.integers(0, 1000)),
 )
@@ -98,10 +105,13 @@ def test_every_request_is_covered_once(shim: ctypes.CDLL, case: Case) -> None:
     for item in items:
         assert (item.q_start, item.q_len, item.kv_start, item.kv_len) == (0, case.q_len, 0, case.kv_len)
         last = min(item.row_begin + case.tile_rows, rows)
-        assert 0 <= item.kv_begin <= item.kv_end <= case.seen(last - 1)
+        first, end = case.seen(item.row_begin)[0] // case.kv_tile * case.kv_tile, case.seen(last - 1)[1]
+        assert min(first, end) <= item.kv_begin <= item.kv_end <= end
+        assert item.kv_begin % case.kv_tile == 0 or item.kv_begin == item.kv_end
         covered[item.kv_head, item.row_begin : last, item.kv_begin : item.kv_end] += 1
     for row in range(rows):
-        assert (covered[:, row, : case.seen(row)] == 1).all()
+        first, end = case.seen(row)
+        assert (covered[:, row, first:end] == 1).all()
     assert covered.max(initial=0) <= 1
     tiles = [item.row_begin for item in items]
     assert tiles == sorted(tiles, reverse=True)
@@ -139,15 +149,19 @@ def test_partial_rows_fit_and_merge_into_their_tiles(shim: ctypes.CDLL, case: Ca
     ],
 )
 def test_pieces_of_a_decode(kv_len: int, num_workers: int, pieces: int) -> None:
-    assert Case(1, kv_len, 4, 8, 16, 64, True, num_workers, 1 << 20).plan().pieces == pieces
+    assert Case(1, kv_len, 4, 8, 16, 64, True, -1, num_workers, 1 << 20).plan().pieces == pieces
+
+
+def test_a_window_is_cut_in_pieces_of_its_own() -> None:
+    assert Case(1, 1 << 20, 4, 8, 16, 64, True, 4095, 264, 1 << 20).plan() == (1, 32, 128, 256, 4096)
 
 
 def test_the_longest_request_is_planned_in_64_bits() -> None:
-    plan = Case(1, 2**31 - 100, 1, 1, 16, 64, True, 264, 1 << 20).plan()
+    plan = Case(1, 2**31 - 100, 1, 1, 16, 64, True, -1, 264, 1 << 20).plan()
     assert (plan.pieces - 1) * plan.piece_len < 2**31 - 100 <= plan.pieces * plan.piece_len
 
 
 @pytest.mark.parametrize(("q_len", "kv_len", "name"), [(-1, 4, "q_len"), (4, -1, "kv_len"), (4, 2**31 - 1, "kv_len")])
 def test_bad_lengths_are_named(q_len: int, kv_len: int, name: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"^{name}"):
-        Case(q_len, kv_len, 1, 1, 16, 64, True, 8, 0).plan()
+        Case(q_len, kv_len, 1, 1, 16, 64, True, -1, 8, 0).plan()

@@ -29,6 +29,7 @@ void check_shape(const PlanShape& shape) {
   check_positive("tile_rows", shape.tile_rows);
   check_positive("kv_tile", shape.kv_tile);
   check_positive("num_workers", shape.num_workers);
+  if (shape.window_left < -1) invalid("window_left must be at least -1, got " + std::to_string(shape.window_left));
   if (int64_t(shape.group) * shape.kv_heads > kMaxHeads) {
     invalid("group * kv_heads must be at most " + std::to_string(kMaxHeads) + ", got " +
             std::to_string(int64_t(shape.group) * shape.kv_heads));
@@ -85,9 +86,25 @@ int64_t count_tiles(const PlanShape& shape, const PlanLengths& lengths) {
   return tiles * shape.kv_heads;
 }
 
+int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
 template <typename T>
 T* at(void* base, int64_t offset) {
   return reinterpret_cast<T*>(static_cast<char*>(base) + offset);
+}
+
+// Key tiles that no tile of the request exceeds, and some tile has, unless a window slides over several.
+int32_t most_key_tiles(const PlanShape& shape, int32_t q_len, int32_t kv_len) {
+  const int32_t tiles = tiles_of(q_len, shape.group, shape.tile_rows);
+  const bool slides = shape.window_left >= 0 && shape.causal && tiles > 1;
+  if (!slides) {
+    const int32_t longest = shape.causal ? std::max(tiles - 1, 0) : 0;
+    return tile_keys(shape, q_len, kv_len, longest * shape.tile_rows).count();
+  }
+  const int64_t queries = (int64_t(shape.tile_rows) + shape.group - 2) / shape.group + 1;
+  const int64_t keys = shape.window_left + queries;  // from the first that the first query sees, through the last
+  const int64_t touched = (keys + shape.kv_tile - 2) / shape.kv_tile + 1;
+  return static_cast<int32_t>(std::min<int64_t>(touched, ceil_div(kv_len, shape.kv_tile)));
 }
 
 // The time of a split into pieces of `length` key tiles, counted in key tiles.
@@ -117,8 +134,9 @@ int32_t best_piece(int64_t tiles, int32_t key_tiles, int32_t num_workers, int64_
 
 PlanOffsets plan_offsets(int64_t num_workers) {
   const int64_t indptr_bytes = (num_workers + 1) * int64_t(sizeof(int32_t));
-  const int64_t merges = (indptr_bytes + int64_t(sizeof(int32_t)) + 15) / 16 * 16;
-  return {indptr_bytes, merges, merges + num_workers * int64_t(sizeof(MergeItem))};
+  const int64_t merges = aligned(indptr_bytes + int64_t(sizeof(int32_t)));
+  const int64_t arrivals = merges + num_workers * int64_t(sizeof(MergeItem));
+  return {indptr_bytes, merges, arrivals, aligned(arrivals + num_workers * int64_t(sizeof(int32_t)))};
 }
 
 int64_t plan_bytes(int64_t total_q, int64_t num_requests, int64_t group, int64_t kv_heads, int64_t tile_rows,
@@ -148,7 +166,8 @@ PlanResult plan(const PlanShape& shape, const PlanLengths& lengths, int64_t max_
   }
 
   const PlanBuffers buffers = {at<int32_t>(out, 0), at<int32_t>(out, offsets.num_merges),
-                               at<MergeItem>(out, offsets.merges), at<WorkItem>(out, offsets.items)};
+                               at<MergeItem>(out, offsets.merges), at<int32_t>(out, offsets.arrivals),
+                               at<WorkItem>(out, offsets.items)};
   const PlanCounts counts = flashinfer::plan(shape, lengths, max_pieces * shape.tile_rows, buffers);
   return {counts, int64_t(counts.pieces) * shape.tile_rows, offsets.items + counts.items * int64_t(sizeof(WorkItem))};
 }
@@ -162,10 +181,11 @@ UniformResult uniform_plan(const PlanShape& shape, int32_t q_len, int32_t kv_len
   const int32_t tiles_per_head = tiles_of(q_len, shape.group, shape.tile_rows);
   const int64_t tiles = int64_t(tiles_per_head) * shape.kv_heads;
   if (tiles > kInt32Max) invalid("the request needs " + std::to_string(tiles) + " work items, above 2^31 - 1");
-  const int32_t key_tiles = std::max(ceil_div(kv_len, shape.kv_tile), 1);
+  const int32_t key_tiles = std::max(most_key_tiles(shape, q_len, kv_len), 1);
   const int32_t length = tiles == 0 ? key_tiles : best_piece(tiles, key_tiles, shape.num_workers, max_pieces);
   const int32_t pieces = ceil_div(key_tiles, length);
-  const UniformWork work = {q_len, kv_len, tiles_per_head, pieces, length * shape.kv_tile, shape.causal, -1};
+  const UniformWork work = {q_len,        kv_len,           tiles_per_head, pieces, length * shape.kv_tile,
+                            shape.causal, shape.window_left};
   return {work, tiles * pieces, pieces > 1 ? tiles * pieces * shape.tile_rows : 0};
 }
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "core/plan.h"
+#include "core/uniform.h"
 
 namespace flashinfer::host {
 
@@ -17,6 +18,7 @@ struct BufferTooSmall : std::length_error {
 struct PlanOffsets {
   int64_t num_merges;
   int64_t merges;
+  int64_t arrivals;
   int64_t items;
 };
 

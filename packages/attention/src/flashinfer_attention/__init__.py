@@ -16,6 +16,7 @@ from flashinfer_attention.prefill import (
     single_prefill_with_kv_cache,
     single_prefill_with_kv_cache_return_lse,
 )
+from flashinfer_attention.support import supports, why_not
 from flashinfer_core.version import __version__
 
 __all__ = [
@@ -32,5 +33,7 @@ __all__ = [
     "single_decode_with_kv_cache",
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
+    "supports",
+    "why_not",
     "workspace_bytes",
 ]

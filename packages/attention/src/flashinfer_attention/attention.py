@@ -7,7 +7,6 @@ Stream-K (arXiv 2301.03598) between tiles.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Optional, Tuple, cast
 
 import torch
@@ -15,13 +14,15 @@ import torch
 from flashinfer_attention.checks import (
     Problem,
     check_key_value,
+    check_mask_bits,
     check_outputs,
     check_query,
-    check_sm_scale,
     make_problem,
 )
 from flashinfer_attention.launch import Kernels, allocate_partial, copied, load_kernels, stream_of, structures
+from flashinfer_attention.options import NEUTRAL, Options, Scale
 from flashinfer_attention.plan import Plan, plan_attention
+from flashinfer_attention.support import FP8_ELEMENTS
 from flashinfer_attention.workspace import Workspace, workspace_bytes
 from flashinfer_core import planner
 from flashinfer_core.errors import InvalidArgumentError
@@ -40,6 +41,17 @@ def attention(
     plan: Plan,
     page_table: Optional[torch.Tensor] = None,
     sm_scale: Optional[float] = None,
+    logits_soft_cap: float = 0.0,
+    alibi: bool = False,
+    rope: bool = False,
+    rope_scale: float = 1.0,
+    rope_theta: float = 1e4,
+    sinks: Optional[torch.Tensor] = None,
+    q_scale: Optional[Scale] = None,
+    k_scale: Optional[Scale] = None,
+    v_scale: Optional[Scale] = None,
+    mask: Optional[torch.Tensor] = None,
+    mask_indptr: Optional[torch.Tensor] = None,
     out: Optional[torch.Tensor] = None,
     lse: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -47,15 +59,31 @@ def attention(
 
     q: [tokens, num_qo_heads, head_dim]. k, v: ragged [rows, num_kv_heads, head_dim], or with a paged plan
     [pages, page_size, num_kv_heads, head_dim]; any strides with a contiguous last dimension, those of k and v may
-    differ. page_table: int32 [entries] on the same device, page numbers of all requests; only for paged plans.
-    sm_scale multiplies q k^T and is positive; None: 1/sqrt(head_dim). out: as q; lse: float32 [tokens, num_qo_heads]
-    contiguous; both are allocated where None. Several threads may run one plan on a CPU; a GPU runs it on one stream at
-    a time, because its runs share the workspace.
-    Return (o as q, lse in natural logarithm). A row that sees no key has o = 0 and lse = -inf. Asynchronous on GPUs, on
-    torch's current stream. Raises InvalidArgumentError, InvalidTypeError, WorkspaceError before anything is launched.
+    differ, and v may be head_dim_vo wide. page_table: int32 [entries] on the same device, page numbers of all requests;
+    only for paged plans. Options, from sm_scale to mask_indptr: see `Options`; a mask if and only if the plan is for
+    one. out: [tokens, num_qo_heads, head_dim_vo], dtype of q; lse: float32 [tokens, num_qo_heads] contiguous; both are
+    allocated where None. Several threads may run one plan on a CPU; a GPU runs it on one stream at a time, because its
+    runs share the workspace.
+    Return (o, lse in natural logarithm). A row that sees no key has o = 0 and lse = -inf, or with sinks its head's.
+    Asynchronous on GPUs, on torch's current stream. Raises InvalidArgumentError, InvalidTypeError,
+    UnsupportedOptionError, WorkspaceError before anything is launched.
     """
     kv = key_value(k, v, paged=plan.page_size is not None)
-    return _both(run(plan, q, kv, page_table, sm_scale=sm_scale, lse_scale=1.0, out=out, lse=lse, wants_lse=True))
+    options = Options(
+        sm_scale=sm_scale,
+        logits_soft_cap=logits_soft_cap,
+        alibi=alibi,
+        rope=rope,
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        sinks=sinks,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        mask=mask,
+        mask_indptr=mask_indptr,
+    )
+    return _both(run(plan, q, kv, page_table, options, lse_scale=1.0, out=out, lse=lse, wants_lse=True))
 
 
 def run(
@@ -63,8 +91,8 @@ def run(
     q: torch.Tensor,
     kv: KeyValue,
     page_table: Optional[torch.Tensor],
+    options: Options,
     *,
-    sm_scale: Optional[float],
     lse_scale: float,
     out: Optional[torch.Tensor],
     lse: Optional[torch.Tensor],
@@ -76,19 +104,20 @@ def run(
     check_key_value(problem, kv)
     plan.check_cache(kv, page_table)
     check_outputs(problem, q.shape[0], out, lse)
-    check_sm_scale(sm_scale)
+    options.check(problem, plan.lengths.num_requests)
     plan.check_current(q.shape[0], page_table)
-    out, lse = _outputs(q, out, lse, wants_lse)
+    out, lse = _outputs(problem, q, out, lse, wants_lse)
     if plan.is_empty:
         return out, lse
 
     params = copied(plan.attention_params)
     params.page_table = 0 if page_table is None else page_table.data_ptr()
-    _fill(params, q, kv, out, lse, sm_scale, lse_scale)
     merge = copied(plan.merge_params) if plan.merge_workers else None
+    options.fill(params, merge, problem)
+    _fill(params, q, kv, out, lse, lse_scale)
     if merge is not None:
         _fill_output(merge, out, lse, lse_scale)
-    plan.launch(params, merge)
+    plan.launch(params, merge, options.general)
     return out, lse
 
 
@@ -98,28 +127,56 @@ def single(
     v: torch.Tensor,
     *,
     causal: bool = False,
+    window_left: int = -1,
     sm_scale: Optional[float] = None,
+    logits_soft_cap: float = 0.0,
+    alibi: bool = False,
+    rope: bool = False,
+    rope_scale: float = 1.0,
+    rope_theta: float = 1e4,
+    sinks: Optional[torch.Tensor] = None,
+    q_scale: Optional[Scale] = None,
+    k_scale: Optional[Scale] = None,
+    v_scale: Optional[Scale] = None,
+    mask: Optional[torch.Tensor] = None,
     out: Optional[torch.Tensor] = None,
     lse: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Compute attention of one request, without a plan.
 
-    q: [q_len, num_qo_heads, head_dim]; k, v: [kv_len, num_kv_heads, head_dim]; any strides with a contiguous last
-    dimension. causal: query i sees keys up to i + kv_len - q_len. sm_scale, out, lse and what is returned: as
-    `attention`. Nothing is copied to the device, so a CUDA graph may capture even the first call of a process; partial
-    results are allocated in the call, by torch. Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError.
+    q: [q_len, num_qo_heads, head_dim]; k, v: [kv_len, num_kv_heads, head_dim], where v may be head_dim_vo wide; any
+    strides with a contiguous last dimension. causal: query i sees keys up to i + kv_len - q_len. window_left: and from
+    i + kv_len - q_len - window_left on; -1: no window. Options, from sm_scale to mask: see `Options`; a mask takes the
+    place of causal. out, lse and what is returned: as `attention`. Nothing is copied to the device, so a CUDA graph may
+    capture even the first call of a process; partial results are allocated in the call, by torch.
+    Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError.
     """
     kv = key_value(k, v, paged=False)
-    return _both(run_single(q, kv, causal=causal, sm_scale=sm_scale, lse_scale=1.0, out=out, lse=lse, wants_lse=True))
+    options = Options(
+        sm_scale=sm_scale,
+        logits_soft_cap=logits_soft_cap,
+        alibi=alibi,
+        rope=rope,
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        sinks=sinks,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        mask=mask,
+    )
+    both = run_single(q, kv, options, causal=causal, window_left=window_left, out=out, lse=lse, wants_lse=True)
+    return _both(both)
 
 
 def run_single(
     q: torch.Tensor,
     kv: KeyValue,
+    options: Options = NEUTRAL,
     *,
-    causal: bool,
-    sm_scale: Optional[float],
-    lse_scale: float,
+    causal: bool = False,
+    window_left: int = -1,
+    lse_scale: float = 1.0,
     out: Optional[torch.Tensor] = None,
     lse: Optional[torch.Tensor] = None,
     wants_lse: bool = False,
@@ -128,14 +185,26 @@ def run_single(
     if not isinstance(q, torch.Tensor) or q.dim() != 3:
         raise InvalidArgumentError("q must be a tensor of shape [q_len, num_qo_heads, head_dim]")
     q_len, num_qo_heads, head_dim = q.shape
-    problem = make_problem(num_qo_heads, kv.heads, head_dim, causal, q.dtype, q.device)
+    problem = make_problem(
+        num_qo_heads,
+        kv.heads,
+        head_dim,
+        causal,
+        q.dtype,
+        q.device,
+        head_dim_vo=kv.head_dim_vo,
+        kv_dtype=kv.dtype if kv.dtype in FP8_ELEMENTS else None,  # any other than q's is a mistake
+        window_left=window_left,
+        has_mask=options.mask is not None,
+    )
     check_query(problem, q, q_len)
     check_key_value(problem, kv)
     check_outputs(problem, q_len, out, lse)
-    check_sm_scale(sm_scale)
-    out, lse = _outputs(q, out, lse, wants_lse)
+    options.check(problem, 1)
+    check_mask_bits(options.mask, q_len * kv.pages)
+    out, lse = _outputs(problem, q, out, lse, wants_lse)
     if q_len > 0:
-        _launch_uniform(problem, q, kv, out, lse, sm_scale, lse_scale)
+        _launch_uniform(problem, q, kv, options, out, lse, lse_scale)
     return out, lse
 
 
@@ -143,32 +212,35 @@ def _launch_uniform(
     problem: Problem,
     q: torch.Tensor,
     kv: KeyValue,
+    options: Options,
     out: torch.Tensor,
     lse: Optional[torch.Tensor],
-    sm_scale: Optional[float],
     lse_scale: float,
 ) -> None:
     """Launch the kernels on one request in equal pieces."""
     kernels = load_kernels(problem, q.shape[0] * problem.group)
+    attention = kernels.attention_for(options.general)
     work, uniform = _split(problem, q.shape[0], kv.pages, kernels)
     stream = stream_of(problem.device)
     attention_type, merge_type = structures()
     params = attention_type(kv_heads=kv.heads, group=problem.group, page_size=1, uniform=uniform)
-    params.head_dim = params.head_dim_vo = kv.head_dim
-    params.causal, params.window_left = problem.causal, -1
-    _fill(params, q, kv, out, lse, sm_scale, lse_scale)
+    params.head_dim, params.head_dim_vo = problem.head_dim, problem.head_dim_vo
+    params.causal, params.window_left = problem.causal, problem.window_left
+    _fill(params, q, kv, out, lse, lse_scale)
     workers = min(work.num_items, kernels.workers)
     if work.pieces <= 1:
-        kernels.attention.launch(params, workers=workers, stream=stream)
+        options.fill(params, None, problem)
+        attention.launch(params, workers=workers, stream=stream)
         return
     # Lives until the end of this function: by then the launches have run (CPU) or are ordered in the stream (GPU).
-    partial = allocate_partial(work.partial_rows, kv.head_dim, q.device)
-    merge = merge_type(tile_rows=kernels.tile_rows, head_dim_vo=kv.head_dim, uniform=uniform)
+    partial = allocate_partial(work.partial_rows, problem.head_dim_vo, q.device)
+    merge = merge_type(tile_rows=kernels.tile_rows, head_dim_vo=problem.head_dim_vo, uniform=uniform)
     merge.kv_heads, merge.group = kernels.tile_kv_heads, kernels.tile_group
     params.partial_o = merge.partial_o = partial.place.o
     params.partial_lse = merge.partial_lse = partial.place.lse
+    options.fill(params, merge, problem)
     _fill_output(merge, out, lse, lse_scale)
-    kernels.attention.launch(params, workers=workers, stream=stream)
+    attention.launch(params, workers=workers, stream=stream)
     kernels.merge.launch(merge, workers=kernels.merge_workers(kernels.tile_kv_heads * work.tiles), stream=stream)
 
 
@@ -187,12 +259,15 @@ def _split(
         num_workers=kernels.workers,
         max_partial_rows=kernels.useful_partial_rows,
     )
-    return work, (q_len, kv_len, work.tiles, work.pieces, work.piece_len, int(problem.causal), -1)
+    return work, (q_len, kv_len, work.tiles, work.pieces, work.piece_len, int(problem.causal), problem.window_left)
 
 
-def _outputs(q: torch.Tensor, out: Optional[torch.Tensor], lse: Optional[torch.Tensor], wants_lse: bool) -> Output:
+def _outputs(
+    problem: Problem, q: torch.Tensor, out: Optional[torch.Tensor], lse: Optional[torch.Tensor], wants_lse: bool
+) -> Output:
     if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        shape = (q.shape[0], problem.num_qo_heads, problem.head_dim_vo)
+        out = torch.empty(shape, dtype=q.dtype, device=q.device)
     if lse is None and wants_lse:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     return out, lse
@@ -203,21 +278,13 @@ def _both(output: Output) -> Tuple[torch.Tensor, torch.Tensor]:
 
 
 def _fill(
-    params: Any,
-    q: torch.Tensor,
-    kv: KeyValue,
-    out: torch.Tensor,
-    lse: Optional[torch.Tensor],
-    sm_scale: Optional[float],
-    lse_scale: float,
+    params: Any, q: torch.Tensor, kv: KeyValue, out: torch.Tensor, lse: Optional[torch.Tensor], lse_scale: float
 ) -> None:
     params.q = q.data_ptr()
     params.q_stride_token, params.q_stride_head, _ = q.stride()
     params.k, params.v = kv.k, kv.v
     params.k_stride_page, params.k_stride_token, params.k_stride_head = kv.k_strides
     params.v_stride_page, params.v_stride_token, params.v_stride_head = kv.v_strides
-    params.v_factor = 1.0
-    params.sm_scale = 1.0 / math.sqrt(kv.head_dim) if sm_scale is None else sm_scale
     _fill_output(params, out, lse, lse_scale)
 
 

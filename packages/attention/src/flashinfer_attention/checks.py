@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 
-from flashinfer_attention.variants import CPU_MAX_HEAD_DIM, CUDA_HEAD_DIMS
-from flashinfer_core.errors import (
-    InvalidArgumentError,
-    InvalidTypeError,
-    UnsupportedDeviceError,
-    UnsupportedOptionError,
-)
+from flashinfer_attention.support import KV_ELEMENTS, Asked, refusals
+from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedDeviceError
 from flashinfer_core.tensors import KeyValue, check_integer, check_tensor, lacks_bfloat16
-
-# The kernels' sm_scale is a float32 that is not subnormal.
-_LEAST_SCALE, _MOST_SCALE = 2.0**-126, 2.0**127
-
-ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What every call under one plan has in common."""
+    """What every call under one plan has in common; `make_problem` checks it.
+
+    causal is False where a mask takes its place. window_left: -1 means no window. deterministic: a request's bits do
+    not depend on the batch around it.
+    """
 
     num_qo_heads: int
     num_kv_heads: int
     head_dim: int
+    head_dim_vo: int
     causal: bool
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     device: torch.device
+    window_left: int = -1
+    has_mask: bool = False
+    deterministic: bool = False
 
     @property
     def group(self) -> int:
@@ -44,30 +43,69 @@ class Problem:
 
     @property
     def element(self) -> str:
-        """Name the dtype as the kernels do."""
-        return ELEMENTS[self.dtype]
+        """Name the dtype of q and o as the kernels do."""
+        return KV_ELEMENTS[self.dtype]
+
+    @property
+    def kv_element(self) -> str:
+        """Name the dtype of keys and values as the kernels do."""
+        return KV_ELEMENTS[self.kv_dtype]
 
 
 def make_problem(
-    num_qo_heads: int, num_kv_heads: int, head_dim: int, causal: bool, dtype: torch.dtype, device: torch.device
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    causal: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    head_dim_vo: Optional[int] = None,
+    kv_dtype: Optional[torch.dtype] = None,
+    window_left: int = -1,
+    has_mask: bool = False,
+    deterministic: bool = False,
 ) -> Problem:
     """Return the problem, or raise the typed error that says which part of it has no kernel."""
-    num_qo_heads, num_kv_heads, head_dim = (
-        check_integer("num_qo_heads", num_qo_heads),
-        check_integer("num_kv_heads", num_kv_heads),
-        check_integer("head_dim", head_dim),
+    head_dim = check_integer("head_dim", head_dim)
+    problem = Problem(
+        num_qo_heads=check_integer("num_qo_heads", num_qo_heads),
+        num_kv_heads=check_integer("num_kv_heads", num_kv_heads),
+        head_dim=head_dim,
+        head_dim_vo=head_dim if head_dim_vo is None else check_integer("head_dim_vo", head_dim_vo),
+        causal=bool(causal) and not has_mask,
+        dtype=dtype,
+        kv_dtype=dtype if kv_dtype is None else kv_dtype,
+        device=_indexed(device),
+        window_left=max(check_integer("window_left", window_left), -1),
+        has_mask=has_mask,
+        deterministic=bool(deterministic),
     )
-    check_heads(num_qo_heads, num_kv_heads)
+    check_heads(problem.num_qo_heads, problem.num_kv_heads)
+    for name, value in (("dtype", problem.dtype), ("kv_dtype", problem.kv_dtype)):
+        if not isinstance(value, torch.dtype):
+            raise InvalidTypeError(f"{name} must be a torch.dtype, got {value!r}")
+    asked = {"mask": has_mask, "window_left": problem.window_left >= 0, "deterministic": problem.deterministic}
+    refuse(problem, [name for name, is_set in asked.items() if is_set])
+    return problem
+
+
+def refuse(problem: Problem, options: Sequence[str]) -> None:
+    """Raise UnsupportedOptionError for the first part of the problem, or of `options`, that has no kernel."""
+    has_bfloat16 = problem.is_cpu or problem.dtype != torch.bfloat16 or not lacks_bfloat16(problem.device)
+    asked = Asked(problem.dtype, problem.kv_dtype, problem.head_dim, problem.head_dim_vo, options, has_bfloat16)
+    for refusal in refusals(problem.device.type, asked):
+        raise refusal
+
+
+def _indexed(device: torch.device) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UnsupportedDeviceError(f"there are no kernels for {device}", remedy="use a CPU or a CUDA device")
     if device.type == "cuda" and device.index is None:
         if not torch.cuda.is_available():
             raise UnsupportedDeviceError("torch finds no CUDA device", remedy="use device='cpu'")
-        device = torch.device("cuda", torch.cuda.current_device())
-    problem = Problem(num_qo_heads, num_kv_heads, head_dim, bool(causal), dtype, device)
-    _check_dtype(problem)
-    check_head_dim(problem)
-    return problem
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def check_heads(num_qo_heads: int, num_kv_heads: int) -> None:
@@ -78,34 +116,6 @@ def check_heads(num_qo_heads: int, num_kv_heads: int) -> None:
         )
 
 
-def _check_dtype(problem: Problem) -> None:
-    dtype = problem.dtype
-    if not isinstance(dtype, torch.dtype):
-        raise InvalidTypeError(f"dtype must be a torch.dtype, got {dtype!r}")
-    if problem.is_cpu:
-        if dtype not in ELEMENTS:
-            raise UnsupportedOptionError("dtype", dtype, "float32, float16 and bfloat16 on CPUs")
-    elif dtype not in (torch.float16, torch.bfloat16):
-        raise UnsupportedOptionError("dtype", dtype, "float16 and bfloat16 on GPUs")
-    elif dtype == torch.bfloat16 and lacks_bfloat16(problem.device):
-        raise UnsupportedOptionError("dtype", dtype, "float16 on GPUs older than sm_80, which lack bfloat16")
-
-
-def check_head_dim(problem: Problem) -> None:
-    """Raise UnsupportedOptionError that names the nearest head_dim which has a kernel."""
-    dim = problem.head_dim
-    if problem.is_cpu:
-        if dim < 8 or dim % 8 or dim > CPU_MAX_HEAD_DIM:
-            nearest = min(max(dim // 8 * 8, 8), CPU_MAX_HEAD_DIM)
-            raise UnsupportedOptionError(
-                "head_dim", dim, f"multiples of 8 up to {CPU_MAX_HEAD_DIM} on CPUs; the nearest is {nearest}"
-            )
-    elif dim not in CUDA_HEAD_DIMS:
-        nearest = min(CUDA_HEAD_DIMS, key=lambda known: abs(known - dim))
-        known = ", ".join(map(str, CUDA_HEAD_DIMS))
-        raise UnsupportedOptionError("head_dim", dim, f"{known} on GPUs; the nearest is {nearest}")
-
-
 def check_query(problem: Problem, q: torch.Tensor, tokens: Optional[int]) -> None:
     """Raise unless `q` is [tokens, num_qo_heads, head_dim] of the planned dtype on the planned device."""
     check_tensor("q", q, (tokens, problem.num_qo_heads, problem.head_dim), problem.dtype, problem.device)
@@ -113,40 +123,65 @@ def check_query(problem: Problem, q: torch.Tensor, tokens: Optional[int]) -> Non
 
 def check_key_value(problem: Problem, kv: KeyValue) -> None:
     """Raise unless keys and values have the planned heads, head_dim, dtype and device."""
-    if kv.heads != problem.num_kv_heads or kv.head_dim != problem.head_dim:
+    if kv.heads != problem.num_kv_heads or kv.head_dim != problem.head_dim or kv.head_dim_vo != problem.head_dim_vo:
         raise InvalidArgumentError(
-            f"k and v must have {problem.num_kv_heads} heads of {problem.head_dim} elements, "
-            f"got {kv.heads} heads of {kv.head_dim}"
+            f"k and v must have {_rows(problem.num_kv_heads, problem.head_dim, problem.head_dim_vo)}, "
+            f"got {_rows(kv.heads, kv.head_dim, kv.head_dim_vo)}"
         )
-    if kv.dtype != problem.dtype:
-        raise InvalidTypeError(f"k and v must be {problem.dtype} as q is, got {kv.dtype}")
+    if kv.dtype != problem.kv_dtype:
+        as_q = " as q is" if problem.kv_dtype == problem.dtype else ""
+        raise InvalidTypeError(f"k and v must be {problem.kv_dtype}{as_q}, got {kv.dtype}")
     if kv.device != problem.device:
         raise InvalidArgumentError(f"k and v must be on {problem.device}, got {kv.device}")
 
 
+def _rows(heads: int, head_dim: int, head_dim_vo: int) -> str:
+    return f"{heads} heads of {head_dim}" + ("" if head_dim == head_dim_vo else f" and {head_dim_vo}") + " elements"
+
+
 def check_outputs(problem: Problem, tokens: int, out: Optional[torch.Tensor], lse: Optional[torch.Tensor]) -> None:
-    """Raise unless the buffers that were given fit: `out` as q, `lse` contiguous float32 [tokens, num_qo_heads]."""
+    """Raise unless the buffers that were given fit, and no two of their elements share memory.
+
+    out: [tokens, num_qo_heads, head_dim_vo] of q's dtype; lse: contiguous float32 [tokens, num_qo_heads].
+    """
     if out is not None:
-        check_tensor("out", out, (tokens, problem.num_qo_heads, problem.head_dim), problem.dtype, problem.device)
+        check_output("out", out, (tokens, problem.num_qo_heads, problem.head_dim_vo), problem.dtype, problem.device)
     if lse is not None:
-        check_tensor("lse", lse, (tokens, problem.num_qo_heads), torch.float32, problem.device)
+        check_output("lse", lse, (tokens, problem.num_qo_heads), torch.float32, problem.device)
         if not lse.is_contiguous():
             raise InvalidArgumentError(f"lse must be contiguous, got strides {lse.stride()}")
 
 
-def check_sm_scale(sm_scale: Optional[float]) -> None:
-    """Raise unless None or a positive number that float32 holds: the softmax takes the largest score before scaling."""
-    if sm_scale is None:
-        return
-    try:
-        fits = bool(_LEAST_SCALE <= sm_scale <= _MOST_SCALE)  # NaN is neither
-    except (TypeError, ValueError, RuntimeError):
-        raise InvalidTypeError(f"sm_scale must be a number or None, got {type(sm_scale).__name__}") from None
-    if not fits:
+def check_output(
+    name: str, tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise unless `tensor` can be written: as `check_tensor`, and every element has memory of its own.
+
+    No remedy names a conversion: that would make a copy, and what is written there would be lost.
+    """
+    remedy = f"allocate it as torch.empty({tuple(shape)}, dtype={dtype}, device='{device}'), or pass None"
+    check_tensor(name, tensor, shape, dtype, device, remedy=remedy)
+    if overlaps(tensor):
         raise InvalidArgumentError(
-            f"sm_scale must be finite and greater than 0, got {sm_scale}",
-            remedy="negate q for a negative scale; None means 1/sqrt(head_dim)",
+            f"elements of {name} share memory: shape {tuple(tensor.shape)}, strides {tensor.stride()}", remedy=remedy
         )
+
+
+def overlaps(tensor: torch.Tensor) -> bool:
+    """Say whether a stride is too small for the elements below it, as expanded tensors have them."""
+    needed = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1:
+            if stride < needed:
+                return tensor.numel() > 0
+            needed = stride * (size - 1) + needed
+    return False
+
+
+def check_mask_bits(mask: Optional[torch.Tensor], bits: int) -> None:
+    """Raise where a mask, uint8 [any], has fewer bits than its one request needs."""
+    if mask is not None and mask.shape[0] * 8 < bits:
+        raise InvalidArgumentError(f"mask must have at least {-(-bits // 8)} bytes, got {mask.shape[0]}")
 
 
 def is_capturing(device: torch.device) -> bool:

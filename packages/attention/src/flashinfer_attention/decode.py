@@ -11,8 +11,9 @@ from typing import Any, List, Optional, Tuple, cast
 import torch
 
 from flashinfer_attention.attention import run_single
+from flashinfer_attention.compat import LOG2_E, check_options, common_dtype, old_options
 from flashinfer_attention.lengths import one_query_each
-from flashinfer_attention.options import LOG2_E, check_options, common_dtype, old_options
+from flashinfer_attention.options import Options
 from flashinfer_attention.wrapper import DataType, Output, PagedWrapper, Scalars
 from flashinfer_core.tensors import PagedCache, check_tensor, key_value
 
@@ -54,7 +55,7 @@ def single_decode_with_kv_cache(
     check_tensor("q", q, (None, None))
     kv = key_value(k, v, paged=False, kv_layout=kv_layout)
     # The token sees every key, with or without a causal mask.
-    o, _ = run_single(q.unsqueeze(0), kv, causal=False, sm_scale=sm_scale, lse_scale=LOG2_E)
+    o, _ = run_single(q.unsqueeze(0), kv, Options(sm_scale=sm_scale), lse_scale=LOG2_E)
     return o.squeeze(0)
 
 

@@ -25,10 +25,24 @@ from flashinfer_core.planner import useful_partial_rows
 PARTIAL_ALIGNMENT = 256
 
 
-class Kernels(NamedTuple):
-    """An attention kernel and the merge kernel that combines its pieces."""
+class _Key(NamedTuple):
+    """What `choose` depends on; `forced` is the target that an environment variable asks for."""
 
-    attention: Kernel
+    dtype: str
+    kv_dtype: str
+    head_dim: int
+    head_dim_vo: int
+    max_rows: int
+    where: Union[str, int]
+    forced: Optional[str]
+    general: bool
+
+
+class Kernels(NamedTuple):
+    """The attention kernels of a problem and the merge kernel that combines their pieces."""
+
+    key: _Key
+    attention: Kernel  # for calls without options that change scores; a plan's tiles are its
     merge: Kernel
     workers: int
     tile_rows: int
@@ -43,6 +57,10 @@ class Kernels(NamedTuple):
         """
         return min(self.merge.max_workers, -(-merges * self.tile_rows // (4 if self.tile_rows > 16 else 1)))
 
+    def attention_for(self, general: bool) -> Kernel:
+        """Return the attention kernel of a call, with or without options that change scores; loaded when first used."""
+        return _attention(self.key._replace(general=True)) if general else self.attention
+
     @property
     def useful_partial_rows(self) -> int:
         """Count the partial rows that no plan exceeds."""
@@ -52,32 +70,49 @@ class Kernels(NamedTuple):
 def load_kernels(problem: Problem, max_rows: int) -> Kernels:
     """Load what `choose` picks for a longest request of `max_rows` packed rows."""
     where = "cpu" if problem.is_cpu else problem.device.index
-    forced = os.environ.get("FLASHINFER_CPU_TARGET" if where == "cpu" else "FLASHINFER_CUDA_TARGET")
-    # Where `choose` turns from one tile to the next is a power of two, so few calls are told apart.
-    max_rows = 1 << max(max_rows - 1, 0).bit_length()
-    attention, merge = _load(problem.element, problem.head_dim, max_rows, where, forced)
+    key = _Key(
+        dtype=problem.element,
+        kv_dtype=problem.kv_element,
+        head_dim=problem.head_dim,
+        head_dim_vo=problem.head_dim_vo,
+        # Where `choose` turns from one tile to the next is a power of two, so few calls are told apart.
+        max_rows=1 << max(max_rows - 1, 0).bit_length(),
+        where=where,
+        forced=os.environ.get("FLASHINFER_CPU_TARGET" if where == "cpu" else "FLASHINFER_CUDA_TARGET"),
+        general=False,
+    )
+    attention, merge = _attention(key), _merge(key.dtype, where, key.forced)
     variant = cast(AnyAttention, attention.variant)
     tile_group, tile_kv_heads = problem.group, problem.num_kv_heads
     if variant.packs_all_heads:
         tile_group, tile_kv_heads = problem.num_qo_heads, 1
     workers = attention.max_workers * (CPU_WORKERS_PER_THREAD if where == "cpu" else 1)
-    return Kernels(attention, merge, workers, variant.tile_rows, variant.kv_tile, tile_group, tile_kv_heads)
+    return Kernels(key, attention, merge, workers, variant.tile_rows, variant.kv_tile, tile_group, tile_kv_heads)
 
 
-# `load` keeps the kernels; this keeps which of them a problem gets, as `single` asks in every call.
+# `load` keeps the kernels; these keep which of them a problem gets, as `single` asks in every call.
 @lru_cache(maxsize=None)
-def _load(
-    dtype: str, head_dim: int, max_rows: int, where: Union[str, int], forced: Optional[str]
-) -> Tuple[Kernel, Kernel]:
-    def attention_for(target: str) -> Optional[AnyVariant]:
-        if dtype == "bf16" and target.endswith("_75"):
+def _attention(key: _Key) -> Kernel:
+    def variant_for(target: str) -> Optional[AnyVariant]:
+        if key.dtype == "bf16" and target.endswith("_75"):
             return None
-        return choose(target, dtype=dtype, head_dim=head_dim, max_rows=max_rows)
+        return choose(
+            target,
+            dtype=key.dtype,
+            kv_dtype=key.kv_dtype,
+            head_dim=key.head_dim,
+            head_dim_vo=key.head_dim_vo,
+            max_rows=key.max_rows,
+            general=key.general,
+        )
 
-    def merge_for(target: str) -> AnyVariant:
-        return choose_merge(target, dtype=dtype)
+    return load(variant_for, key.where)
 
-    return load(attention_for, where), load(merge_for, where)
+
+@lru_cache(maxsize=None)
+def _merge(dtype: str, where: Union[str, int], forced: Optional[str]) -> Kernel:
+    del forced  # a kernel of another target is another kernel
+    return load(lambda target: choose_merge(target, dtype=dtype), where)
 
 
 @lru_cache(maxsize=None)

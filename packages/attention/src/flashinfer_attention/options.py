@@ -1,79 +1,199 @@
-"""Options of the compatible interface: the values that change nothing, and the refusal of all others.
+"""What one call of attention sets beside its tensors: scales, and all that changes scores one by one.
 
-An option that is not there yet is never ignored.
+Kernels take every option as a run-time field that is neutral by default, so one function fills the parameter structs
+for every target and for calls with and without a plan.
 """
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Union
+import math
+from dataclasses import dataclass
+from typing import Any, Iterator, Optional, Tuple, Union
 
 import torch
 
-from flashinfer_attention.checks import check_sm_scale
-from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedOptionError
-from flashinfer_core.tensors import check_integer
+from flashinfer_attention.checks import Problem, refuse
+from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError
+from flashinfer_core.tensors import check_int32, check_tensor
 
-LOG2_E = 1.4426950408889634  # a natural lse times this is one in base 2, which the compatible interface returns
+Scale = Union[float, torch.Tensor]
 
-_BACKENDS = ("auto", "fa2", "fa3")
-_NEUTRAL = {
-    "pos_encoding_mode": ("NONE",),
-    "logits_soft_cap": (None, 0.0),
-    "use_fp16_qk_reduction": (False,),
-    "rope_scale": (None, 1.0),
-    "rope_theta": (None, 1e4),
-    "q_scale": (None, 1.0),
-    "k_scale": (None, 1.0),
-    "v_scale": (None, 1.0),
-}
+# The kernels' scales are float32, and sm_scale is not subnormal.
+_LEAST_SCALE, _MOST_SCALE = 2.0**-126, 2.0**127
 
 
-def check_options(
-    *, window_left: int = -1, backend: str = "auto", sm_scale: Optional[float] = None, **options: Any
-) -> None:
-    """Raise UnsupportedOptionError for the first option that is set to more than its neutral value."""
-    check_sm_scale(sm_scale)
-    if check_integer("window_left", window_left) >= 0:
-        raise UnsupportedOptionError("window_left", window_left, "-1 (no window)")
-    if backend not in _BACKENDS:
-        raise InvalidArgumentError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
-    for name, value in options.items():
-        neutral = _NEUTRAL.get(name, (None,))
-        # Tensors (masks) compare element by element, so identity comes first.
-        if value is not None and (isinstance(value, torch.Tensor) or value not in neutral):
-            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else value
-            raise UnsupportedOptionError(name, what, " or ".join(map(repr, neutral)))
+@dataclass(frozen=True)
+class Options:
+    """The options of a call; the defaults change nothing.
+
+    sm_scale: multiplies q k^T and is positive; None: 1/sqrt(head_dim). logits_soft_cap: c > 0 puts c tanh(x / c) in
+    the place of a scaled logit x; 0: off. alibi: add slope(head) * (key - query position) before the cap. rope: rotate
+    q and k by their positions (halves, as Llama does), divided by rope_scale, with base rope_theta. sinks: float32
+    [num_qo_heads], a logit for each head that takes part in the sum and has no value. q_scale, k_scale, v_scale:
+    multiply q, k and v; a number, or float32 on the device: of one element, or for k and v [num_kv_heads]. mask: uint8
+    [any], bits [q_len, kv_len] of each request, lowest bit first, 1 is visible; mask_indptr: int32 [B + 1], at which
+    bytes requests begin; None: one request.
+    """
+
+    sm_scale: Optional[float] = None
+    logits_soft_cap: float = 0.0
+    alibi: bool = False
+    rope: bool = False
+    rope_scale: float = 1.0
+    rope_theta: float = 1e4
+    sinks: Optional[torch.Tensor] = None
+    q_scale: Optional[Scale] = None
+    k_scale: Optional[Scale] = None
+    v_scale: Optional[Scale] = None
+    mask: Optional[torch.Tensor] = None
+    mask_indptr: Optional[torch.Tensor] = None
+
+    @property
+    def general(self) -> bool:
+        """Say whether scores change one by one, for which there are kernels of their own; sinks and scales do not."""
+        return bool(self.logits_soft_cap) or self.alibi or self.rope or self.mask is not None
+
+    def check(self, problem: Problem, requests: int) -> None:
+        """Raise unless every option has a meaning and, for this problem, a kernel."""
+        _check_scales(self, problem)
+        _check_floats(self)
+        if self.sinks is not None:
+            check_tensor("sinks", self.sinks, (problem.num_qo_heads,), torch.float32, problem.device)
+        _check_mask(self, problem, requests)
+        refuse(problem, tuple(self._names()))
+
+    def _names(self) -> Iterator[str]:
+        """Name what is set, as `support.OPTIONS` does; a mask is the problem's."""
+        for name in ("logits_soft_cap", "alibi", "rope"):
+            if getattr(self, name):
+                yield name
+        if self.sinks is not None:
+            yield "sinks"
+        if number_of(self.v_scale) not in (None, 1.0):
+            yield "v_scale"
+        if any(number_of(scale) is None for scale in (self.q_scale, self.k_scale, self.v_scale) if scale is not None):
+            yield "scale_tensors"
+
+    def fill(self, attention: Any, merge: Any, problem: Problem) -> None:
+        """Set the fields of AttentionParams and, where there is one, MergeParams, neutral where an option is unset."""
+        factor = 1.0 / math.sqrt(problem.head_dim) if self.sm_scale is None else self.sm_scale
+        for number in (number_of(self.q_scale), number_of(self.k_scale)):
+            factor *= 1.0 if number is None else number
+        number = number_of(self.v_scale)
+        attention.sm_scale = factor
+        attention.v_factor = 1.0 if number is None else number
+        attention.q_scale, _ = _pointer(self.q_scale)
+        attention.k_scale, attention.k_scale_stride = _pointer(self.k_scale)
+        attention.v_scale, attention.v_scale_stride = _pointer(self.v_scale)
+        attention.logits_soft_cap = self.logits_soft_cap
+        attention.alibi = self.alibi
+        attention.rope = self.rope
+        attention.rope_rcp_scale = 1.0 / self.rope_scale
+        attention.rope_log2_theta = math.log2(self.rope_theta)
+        attention.sinks = _address(self.sinks)
+        attention.mask = _address(self.mask)
+        attention.mask_indptr = _address(self.mask_indptr)
+        if merge is not None:
+            merge.sinks = attention.sinks
 
 
-def old_options(
-    pos_encoding_mode: str, use_fp16_qk_reduction: bool, rope_scale: Optional[float], rope_theta: Optional[float]
-) -> Dict[str, Any]:
-    """Name the options that most calls of FlashInfer take, for `check_options`."""
-    return {
-        "pos_encoding_mode": pos_encoding_mode,
-        "use_fp16_qk_reduction": use_fp16_qk_reduction,
-        "rope_scale": rope_scale,
-        "rope_theta": rope_theta,
-    }
+NEUTRAL = Options()
 
 
-def check_arguments(arguments: object) -> None:
-    """Raise UnsupportedOptionError for the extra arguments that only a variant made from `jit_args` takes."""
-    if arguments:
-        raise UnsupportedOptionError("*args", arguments, "none: there are no custom variants yet")
+def number_of(scale: Optional[Scale]) -> Optional[float]:
+    """Return a scale that is a number, or lies in host memory without dimensions, as a float; None for others.
+
+    So a CPU tensor such as torch.tensor(1.0) serves a GPU too, and costs no synchronisation.
+    """
+    if scale is None:
+        return None
+    if isinstance(scale, torch.Tensor):
+        return float(scale) if scale.dim() == 0 and scale.device.type == "cpu" else None
+    return float(scale)
 
 
-def dtype_of(name: str, value: Union[str, torch.dtype]) -> torch.dtype:
-    """Return the dtype that `value` is or names."""
-    dtype: Optional[object] = getattr(torch, value, None) if isinstance(value, str) else value
-    if not isinstance(dtype, torch.dtype):
-        raise InvalidTypeError(f"{name} must be a torch.dtype or its name, as 'float16', got {value!r}")
-    return dtype
+def _address(tensor: Optional[torch.Tensor]) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
-def common_dtype(q_data_type: Union[str, torch.dtype], kv_data_type: Optional[Union[str, torch.dtype]]) -> torch.dtype:
-    """Return the dtype of q, which keys and values must share."""
-    dtype = dtype_of("q_data_type", q_data_type)
-    if kv_data_type is not None and dtype_of("kv_data_type", kv_data_type) != dtype:
-        raise UnsupportedOptionError("kv_data_type", kv_data_type, f"that of q, {dtype}")
-    return dtype
+def _pointer(scale: Optional[Scale]) -> Tuple[int, int]:
+    """Return the address and stride of a scale that kernels read; (0, 0) for none, and for a number."""
+    if not isinstance(scale, torch.Tensor) or number_of(scale) is not None:
+        return 0, 0
+    return scale.data_ptr(), int(scale.numel() > 1)
+
+
+def check_sm_scale(sm_scale: Optional[float]) -> None:
+    """Raise unless None or a positive number that float32 holds: the softmax takes the largest score before scaling."""
+    if sm_scale is None:
+        return
+    try:
+        fits = bool(_LEAST_SCALE <= sm_scale <= _MOST_SCALE)  # NaN is neither
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidTypeError(f"sm_scale must be a number or None, got {type(sm_scale).__name__}") from None
+    if not fits:
+        raise InvalidArgumentError(
+            f"sm_scale must be finite and greater than 0, got {sm_scale}",
+            remedy="negate q for a negative scale; None means 1/sqrt(head_dim)",
+        )
+
+
+def _check_scales(options: Options, problem: Problem) -> None:
+    check_sm_scale(options.sm_scale)
+    product = 1.0 / math.sqrt(problem.head_dim) if options.sm_scale is None else options.sm_scale
+    for name in ("q_scale", "k_scale", "v_scale"):
+        scale = getattr(options, name)
+        if isinstance(scale, torch.Tensor) and number_of(scale) is None:
+            _check_scale_tensor(name, scale, problem)
+            continue
+        try:
+            number = number_of(scale)
+        except (TypeError, ValueError, RuntimeError):
+            raise InvalidTypeError(f"{name} must be a number, a tensor or None, got {type(scale).__name__}") from None
+        if number is not None and not math.isfinite(number):
+            raise InvalidArgumentError(f"{name} must be finite, got {number}")
+        if number is not None and name != "v_scale":
+            product *= number
+    if not _LEAST_SCALE <= product <= _MOST_SCALE:
+        raise InvalidArgumentError(
+            f"sm_scale * q_scale * k_scale must be greater than 0 and fit float32, got {product}",
+            remedy="negate q for a negative scale",
+        )
+
+
+def _check_scale_tensor(name: str, scale: torch.Tensor, problem: Problem) -> None:
+    sizes = (1,) if name == "q_scale" else (1, problem.num_kv_heads)
+    if scale.dim() > 1 or scale.numel() not in sizes:
+        wanted = "one element" + ("" if name == "q_scale" else f", or [num_kv_heads] = [{problem.num_kv_heads}]")
+        raise InvalidArgumentError(f"{name} must have {wanted}, got shape {tuple(scale.shape)}")
+    check_tensor(name, scale.view(-1), (None,), torch.float32, problem.device)
+
+
+def _check_floats(options: Options) -> None:
+    if not 0.0 <= options.logits_soft_cap <= _MOST_SCALE:
+        raise InvalidArgumentError(f"logits_soft_cap must be finite and not negative, got {options.logits_soft_cap}")
+    for name in ("rope_scale", "rope_theta"):
+        value = getattr(options, name)
+        if not _LEAST_SCALE <= value <= _MOST_SCALE:
+            raise InvalidArgumentError(f"{name} must be finite and greater than 0, got {value}")
+    if options.alibi and options.rope:
+        raise InvalidArgumentError("alibi and rope are two ways to encode positions: choose one")
+
+
+def _check_mask(options: Options, problem: Problem, requests: int) -> None:
+    if (options.mask is not None) != problem.has_mask:
+        raise InvalidArgumentError(
+            "the plan is for a mask, but mask is missing"
+            if problem.has_mask
+            else "a mask was given, but the plan is for none",
+            remedy="plan with has_mask as attention() is called",
+        )
+    if options.mask is None:
+        return
+    check_tensor("mask", options.mask, (None,), torch.uint8, problem.device)
+    if options.mask_indptr is not None:
+        check_int32("mask_indptr", options.mask_indptr, requests + 1)
+        if options.mask_indptr.device != problem.device:
+            raise InvalidArgumentError(f"mask_indptr must be on {problem.device}, got {options.mask_indptr.device}")
+    elif requests != 1:
+        raise InvalidArgumentError(f"mask_indptr is needed: the batch has {requests} requests")

@@ -24,6 +24,7 @@ from flashinfer_attention.lengths import Lengths, host_lengths
 from flashinfer_attention.workspace import Frozen, Workspace
 from flashinfer_core import planner
 from flashinfer_core.errors import InvalidArgumentError
+from flashinfer_core.kernel import Kernel
 from flashinfer_core.tensors import KeyValue, check_tensor, checks_tables
 
 
@@ -82,25 +83,26 @@ class Plan:
         if is_capturing(self.problem.device):
             self.workspace.note_capture(rows, (self.work, page_table))
 
-    def launch(self, attention: Any, merge: Any) -> None:
+    def launch(self, attention: Any, merge: Any, general: bool) -> None:
         """Launch both kernels with copies of the params that are filled in."""
+        kernel = self.kernels.attention_for(general)
         workspace = self.workspace
         stream = stream_of(self.problem.device)
         if not self.merge_workers or not self.problem.is_cpu:
-            self._launch(attention, merge, stream)
+            self._launch(kernel, attention, merge, stream)
         elif workspace.partial_lock.acquire(blocking=False):
             try:
-                self._launch(attention, merge, stream)
+                self._launch(kernel, attention, merge, stream)
             finally:
                 workspace.partial_lock.release()
         else:
-            own = allocate_partial(self.partial.rows, self.problem.head_dim, self.problem.device)
+            own = allocate_partial(self.partial.rows, self.problem.head_dim_vo, self.problem.device)
             attention.partial_o = merge.partial_o = own.place.o
             attention.partial_lse = merge.partial_lse = own.place.lse
-            self._launch(attention, merge, stream)
+            self._launch(kernel, attention, merge, stream)
 
-    def _launch(self, attention: Any, merge: Any, stream: int) -> None:
-        self.kernels.attention.launch(attention, workers=self.kernels.workers, stream=stream)
+    def _launch(self, kernel: Kernel, attention: Any, merge: Any, stream: int) -> None:
+        kernel.launch(attention, workers=self.kernels.workers, stream=stream)
         if self.merge_workers:
             self.kernels.merge.launch(merge, workers=self.merge_workers, stream=stream)
 
@@ -113,9 +115,14 @@ def plan_attention(
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    head_dim_vo: Optional[int] = None,
     page_size: Optional[int] = None,
     causal: bool = False,
+    window_left: int = -1,
+    has_mask: bool = False,
+    deterministic: bool = False,
     dtype: torch.dtype,
+    kv_dtype: Optional[torch.dtype] = None,
     device: Union[torch.device, str],
     workspace: Optional[Workspace] = None,
 ) -> Plan:
@@ -123,13 +130,28 @@ def plan_attention(
 
     q_indptr: int32 [B + 1], rows of q of each request. kv_indptr: int32 [B + 1], rows of k and v (ragged: page_size is
     None) or entries of the page table. kv_len: int32 [B], keys of each request; None only where ragged, and then all
-    rows count. Lengths of 0 are legal, as is B = 0. causal: query i of a request sees keys up to i + kv_len - q_len.
-    dtype: of q, k, v and o. workspace: where the plan writes; None: allocated for this plan.
+    rows count. Lengths of 0 are legal, as is B = 0. head_dim_vo: columns of v and o; None: head_dim. causal: query i of
+    a request sees keys up to i + kv_len - q_len. window_left: and from i + kv_len - q_len - window_left on, so it sees
+    window_left + 1 keys; -1: no window. has_mask: calls bring a mask, which takes the place of causal. deterministic:
+    a request's result has the same bits whatever the batch around it. dtype: of q and o. kv_dtype: of k and v: that of
+    q, float8_e4m3fn or float8_e5m2; None: that of q. workspace: where the plan writes; None: allocated for this plan.
     Tensors on a GPU are copied to the host, which waits for the device; host tensors cost no synchronisation. Reads
     lengths before it returns. Raises InvalidArgumentError (lengths that decrease, head counts that do not divide),
     InvalidTypeError (lengths that are not int32), UnsupportedOptionError (dtype, head_dim), WorkspaceError.
     """
-    problem = make_problem(num_qo_heads, num_kv_heads, head_dim, causal, dtype, torch.device(device))
+    problem = make_problem(
+        num_qo_heads,
+        num_kv_heads,
+        head_dim,
+        causal,
+        dtype,
+        torch.device(device),
+        head_dim_vo=head_dim_vo,
+        kv_dtype=kv_dtype,
+        window_left=window_left,
+        has_mask=has_mask,
+        deterministic=deterministic,
+    )
     lengths = host_lengths(q_indptr, kv_indptr, kv_len, page_size)
     return plan_lengths(problem, page_size, lengths, workspace)
 
@@ -176,8 +198,8 @@ def _room(
         return workspace.frozen.kernels, workspace.frozen.partial, workspace
     kernels = load_kernels(problem, lengths.queries.longest * problem.group)
     if workspace is None:
-        workspace = Workspace(allocate_partial(kernels.useful_partial_rows, problem.head_dim, problem.device).buffer)
-    return kernels, place_partial(workspace.partial, problem.head_dim, kernels.useful_partial_rows), workspace
+        workspace = Workspace(allocate_partial(kernels.useful_partial_rows, problem.head_dim_vo, problem.device).buffer)
+    return kernels, place_partial(workspace.partial, problem.head_dim_vo, kernels.useful_partial_rows), workspace
 
 
 class _Work(NamedTuple):
@@ -225,10 +247,10 @@ def _attention_params(problem: Problem, page_size: Optional[int], kernels: Kerne
         kv_heads=problem.num_kv_heads,
         group=problem.group,
         head_dim=problem.head_dim,
-        head_dim_vo=problem.head_dim,
+        head_dim_vo=problem.head_dim_vo,
         page_size=page_size or 1,
         causal=problem.causal,
-        window_left=-1,
+        window_left=problem.window_left,
     )
 
 
@@ -242,5 +264,5 @@ def _merge_params(problem: Problem, kernels: Kernels, partial: Partial, work: in
         tile_rows=kernels.tile_rows,
         kv_heads=kernels.tile_kv_heads,
         group=kernels.tile_group,
-        head_dim_vo=problem.head_dim,
+        head_dim_vo=problem.head_dim_vo,
     )

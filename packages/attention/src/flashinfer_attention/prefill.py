@@ -11,8 +11,9 @@ from typing import Any, List, Optional, Tuple, cast
 import torch
 
 from flashinfer_attention.attention import run_single
+from flashinfer_attention.compat import LOG2_E, check_options, common_dtype, old_options
 from flashinfer_attention.lengths import host_queries
-from flashinfer_attention.options import LOG2_E, check_options, common_dtype, old_options
+from flashinfer_attention.options import Options
 from flashinfer_attention.ragged import BatchPrefillWithRaggedKVCacheWrapper
 from flashinfer_attention.wrapper import DataType, Output, PagedWrapper, Scalars, graph_buffer
 from flashinfer_core.errors import InvalidArgumentError
@@ -71,7 +72,7 @@ def single_prefill_with_kv_cache(
             f"with causal=True there must be at least as many keys as queries, got {kv.pages} and {q.shape[0]}",
             remedy="a batch wrapper gives o = 0 and lse = -inf for queries that see no key",
         )
-    both = run_single(q, kv, causal=causal, sm_scale=sm_scale, lse_scale=LOG2_E, wants_lse=return_lse)
+    both = run_single(q, kv, Options(sm_scale=sm_scale), causal=causal, lse_scale=LOG2_E, wants_lse=return_lse)
     return cast(Output, both if return_lse else both[0])
 
 

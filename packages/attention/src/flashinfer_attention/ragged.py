@@ -11,8 +11,8 @@ from typing import Any, List, Optional, Tuple, cast
 import torch
 
 from flashinfer_attention.checks import make_problem
+from flashinfer_attention.compat import check_arguments, check_options, common_dtype, old_options
 from flashinfer_attention.lengths import host_lengths
-from flashinfer_attention.options import check_arguments, check_options, common_dtype, old_options
 from flashinfer_attention.plan import plan_lengths
 from flashinfer_attention.wrapper import DataType, Output, Scalars, Wrapper, graph_buffer
 from flashinfer_core.errors import InvalidArgumentError

@@ -6,7 +6,7 @@ A variant names one template instance. `choose` is pure: print what it returns t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, Tuple, Union
+from typing import Dict, FrozenSet, NamedTuple, Optional, Tuple, Union
 
 PACKAGE = "flashinfer_attention"
 
@@ -31,6 +31,21 @@ SHARED_LIMITS: Dict[str, int] = {
     "compute_75": 64 << 10,
     "compute_80": 99 << 10,
     "compute_90": 99 << 10,
+}
+
+
+class Support(NamedTuple):
+    """What the kernels for one kind of device do. `options` are names of `support.OPTIONS`."""
+
+    where: str
+    dtypes: Tuple[str, ...]
+    head_dims: Tuple[int, ...]
+    options: FrozenSet[str]
+
+
+SUPPORT = {
+    "cpu": Support("CPUs", CPU_DTYPES, tuple(range(8, CPU_MAX_HEAD_DIM + 1, 8)), frozenset()),
+    "cuda": Support("GPUs", ("f16", "bf16"), CUDA_HEAD_DIMS, frozenset()),
 }
 
 
@@ -133,11 +148,24 @@ AnyAttention = Union[Attention, AttentionCpu]
 AnyVariant = Union[Attention, AttentionCpu, Merge]
 
 
-def choose(target: str, *, dtype: str, head_dim: int, max_rows: int) -> AnyAttention:
+def choose(
+    target: str,
+    *,
+    dtype: str,
+    kv_dtype: Optional[str] = None,
+    head_dim: int,
+    head_dim_vo: Optional[int] = None,
+    max_rows: int,
+    general: bool = False,
+) -> AnyAttention:
     """Choose the attention kernel for a batch whose longest request has `max_rows` packed rows (queries x group).
 
-    Few rows mean decoding, which memory bandwidth bounds: a small tile leaves no row idle. Pure; nothing is loaded.
+    Few rows mean decoding, which memory bandwidth bounds: a small tile leaves no row idle. kv_dtype, head_dim_vo: None
+    means those of q. general: the kernel must know what changes scores one by one (mask, soft cap, ALiBi, RoPE); plans
+    are made for the kernel that need not, so both have the same tile_rows, and the general one a kv_tile that divides
+    the other's. Pure; nothing is loaded.
     """
+    del kv_dtype, head_dim_vo, general  # those of q, and the one kernel: `SUPPORT` has no more yet
     if target not in SHARED_LIMITS:
         return AttentionCpu(dtype, CPU_DECODE_ROWS if max_rows <= CPU_MAX_DECODE_ROWS else CPU_PREFILL_ROWS)
     rows = next((rows for rows in _cuda_tile_rows(head_dim) if max_rows <= rows), _cuda_tile_rows(head_dim)[-1])

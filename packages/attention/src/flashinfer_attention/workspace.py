@@ -12,7 +12,7 @@ from typing import Any, List, Optional, Union
 
 import torch
 
-from flashinfer_attention.checks import Problem, check_head_dim, check_heads
+from flashinfer_attention.checks import Problem, check_heads, refuse
 from flashinfer_attention.launch import Kernels, Partial, partial_bytes
 from flashinfer_attention.variants import CPU_WORKERS_PER_THREAD, SHARED_LIMITS, Attention, choose
 from flashinfer_core import planner
@@ -156,6 +156,7 @@ def workspace_bytes(
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    head_dim_vo: Optional[int] = None,
     max_q_len: int = 1,
     device: Union[torch.device, str] = "cuda",
     num_sms: Optional[int] = None,
@@ -174,10 +175,12 @@ def workspace_bytes(
             if where.type == "cpu"
             else torch.cuda.get_device_properties(where).multi_processor_count
         )
-    problem = Problem(num_qo_heads, num_kv_heads, head_dim, False, torch.float16, where)
-    check_head_dim(problem)
+    vo = head_dim if head_dim_vo is None else head_dim_vo
+    problem = Problem(num_qo_heads, num_kv_heads, head_dim, vo, False, torch.float16, torch.float16, where)
+    refuse(problem, ())
+    rows_of = max_q_len * problem.group
     variants = [
-        choose(target, dtype="f16", head_dim=head_dim, max_rows=max_q_len * problem.group)
+        choose(target, dtype="f16", kv_dtype="f16", head_dim=head_dim, head_dim_vo=vo, max_rows=rows_of)
         for target in (("x86_64_v2",) if problem.is_cpu else SHARED_LIMITS)
     ]
     rows = [
@@ -187,4 +190,4 @@ def workspace_bytes(
         )
         for variant in variants
     ]
-    return partial_bytes(max(rows), head_dim)
+    return partial_bytes(max(rows), vo)

@@ -9,8 +9,9 @@ import torch
 
 from flashinfer_attention.attention import run
 from flashinfer_attention.checks import make_problem, refuse_capture
+from flashinfer_attention.compat import LOG2_E, check_arguments, check_options
 from flashinfer_attention.lengths import Queries, paged_lengths
-from flashinfer_attention.options import LOG2_E, check_arguments, check_options
+from flashinfer_attention.options import Options
 from flashinfer_attention.plan import Plan, plan_lengths
 from flashinfer_attention.workspace import Workspace
 from flashinfer_core.errors import InvalidArgumentError, WorkspaceError
@@ -118,8 +119,8 @@ class Wrapper:
         lse: Optional[torch.Tensor],
         return_lse: bool,
     ) -> Output:
-        plan, scale = self._planned(), self._sm_scale
-        both = run(plan, q, kv, page_table, sm_scale=scale, lse_scale=LOG2_E, out=out, lse=lse, wants_lse=return_lse)
+        plan, options = self._planned(), Options(sm_scale=self._sm_scale)
+        both = run(plan, q, kv, page_table, options, lse_scale=LOG2_E, out=out, lse=lse, wants_lse=return_lse)
         return cast(Output, both if return_lse else both[0])
 
 

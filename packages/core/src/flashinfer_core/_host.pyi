@@ -34,12 +34,13 @@ def plan(
     tile_rows: int,
     kv_tile: int,
     causal: bool,
+    window_left: int,
     num_workers: int,
     max_partial_rows: int,
     out: int,
     out_bytes: int,
 ) -> tuple[int, int, int, int]: ...
-def plan_offsets(num_workers: int) -> tuple[int, int, int]: ...
+def plan_offsets(num_workers: int) -> tuple[int, int, int, int]: ...
 def plan_bytes(total_q: int, num_requests: int, group: int, kv_heads: int, tile_rows: int, num_workers: int) -> int: ...
 def uniform_plan(
     q_len: int,
@@ -49,6 +50,7 @@ def uniform_plan(
     tile_rows: int,
     kv_tile: int,
     causal: bool,
+    window_left: int,
     num_workers: int,
     max_partial_rows: int,
 ) -> tuple[int, int, int, int, int]: ...

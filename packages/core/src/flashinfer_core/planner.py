@@ -23,10 +23,15 @@ class PlanCounts(NamedTuple):
 
 
 class PlanOffsets(NamedTuple):
-    """Byte offsets in a plan's buffer, which begins with int32 worker_indptr[num_workers + 1]."""
+    """Byte offsets in a plan's buffer, which begins with int32 worker_indptr[num_workers + 1].
+
+    arrivals: int32 for each merge, 0 when the plan arrives. A kernel in which the last piece of a tile to arrive merges
+    it counts there and leaves 0 behind, so that the plan can run again.
+    """
 
     num_merges: int
     merges: int
+    arrivals: int
     items: int
 
 
@@ -51,6 +56,7 @@ def plan(
     tile_rows: int,
     kv_tile: int,
     causal: bool,
+    window_left: int = -1,
     num_workers: int,
     max_partial_rows: int,
     out: int,
@@ -60,7 +66,8 @@ def plan(
 
     q_indptr, kv_indptr: addresses of int32 [num_requests + 1] in host memory, tokens of q, and ragged rows or
     page-table entries. kv_len: address of int32 [num_requests], keys of each request.
-    group: query heads of a KV head. tile_rows: packed rows of a tile. kv_tile: keys of a tile.
+    group: query heads of a KV head. tile_rows: packed rows of a tile. kv_tile: keys of a tile. causal: query i of a
+    request sees keys up to i + kv_len - q_len; window_left: and from window_left before that on, -1: from 0.
     max_partial_rows: rows that the partial buffers have; fewer than `useful_partial_rows` only make the pieces less
     equal, and 0 means that no tile is split.
     Raises InvalidArgumentError for lengths that decrease or are negative, WorkspaceError where `out_bytes` is less
@@ -70,7 +77,7 @@ def plan(
     return PlanCounts._make(
         _call(
             _host().plan, q_indptr, kv_indptr, kv_len, num_requests, group, kv_heads, tile_rows, kv_tile, causal,
-            num_workers, max_partial_rows, out, out_bytes,
+            window_left, num_workers, max_partial_rows, out, out_bytes,
         )
     )  # fmt: skip
 
@@ -84,6 +91,7 @@ def uniform_plan(
     tile_rows: int,
     kv_tile: int,
     causal: bool,
+    window_left: int = -1,
     num_workers: int,
     max_partial_rows: int,
 ) -> UniformPlan:
@@ -93,7 +101,7 @@ def uniform_plan(
     """
     return UniformPlan._make(
         _call(
-            _host().uniform_plan, q_len, kv_len, group, kv_heads, tile_rows, kv_tile, causal, num_workers,
+            _host().uniform_plan, q_len, kv_len, group, kv_heads, tile_rows, kv_tile, causal, window_left, num_workers,
             max_partial_rows,
         )
     )  # fmt: skip

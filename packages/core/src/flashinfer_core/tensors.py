@@ -33,6 +33,7 @@ class KeyValue(NamedTuple):
     page_size: int
     heads: int
     head_dim: int
+    head_dim_vo: int
     dtype: torch.dtype
     device: torch.device
 
@@ -43,8 +44,13 @@ def check_tensor(
     shape: Sequence[Optional[int]],
     dtype: Optional[torch.dtype] = None,
     device: Optional[torch.device] = None,
+    *,
+    remedy: Optional[str] = None,
 ) -> None:
-    """Raise unless `tensor` has this shape (None: any size), dtype, device and a contiguous last dimension."""
+    """Raise unless `tensor` has this shape (None: any size), dtype, device and a contiguous last dimension.
+
+    remedy: what to do instead of converting it, which mends only what is read.
+    """
     if not isinstance(tensor, torch.Tensor):
         raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     actual = tensor.shape
@@ -55,13 +61,14 @@ def check_tensor(
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise InvalidArgumentError(f"{name} must have shape [{wanted}], got {tuple(actual)}")
     if dtype is not None and tensor.dtype != dtype:
-        raise InvalidTypeError(f"{name} must be {dtype}, got {tensor.dtype}", remedy=f"convert it with .to({dtype})")
+        convert = f"convert it with .to({dtype})" if remedy is None else remedy
+        raise InvalidTypeError(f"{name} must be {dtype}, got {tensor.dtype}", remedy=convert)
     if device is not None and tensor.device != device:
         raise InvalidArgumentError(f"{name} must be on {device}, got {tensor.device}")
     if tensor.stride(-1) != 1 and tensor.numel() > 0 and actual[-1] > 1:
         raise InvalidArgumentError(
             f"the last dimension of {name} must be contiguous, got strides {tensor.stride()}",
-            remedy="call .contiguous() on it",
+            remedy="call .contiguous() on it" if remedy is None else remedy,
         )
 
 
@@ -103,14 +110,14 @@ def check_layout(kv_layout: str) -> None:
 
 
 def key_value(k: torch.Tensor, v: torch.Tensor, *, paged: bool, kv_layout: str = "NHD") -> KeyValue:
-    """View keys and values of one shape and any strides.
+    """View keys and values of any strides, whose last dimensions may differ.
 
     Shapes: [pages, page_size, kv_heads, head_dim] where `paged`, else [rows, kv_heads, head_dim]; with kv_layout HND
     the heads come before the tokens. Raises InvalidTypeError and InvalidArgumentError.
     """
     check_layout(kv_layout)
     check_tensor("k", k, (None,) * (4 if paged else 3))
-    check_tensor("v", v, k.shape, k.dtype, k.device)
+    check_tensor("v", v, (*k.shape[:-1], None), k.dtype, k.device)
     shape, k_strides, v_strides = tuple(k.shape), k.stride(), v.stride()
     if kv_layout == "HND":
         shape, k_strides, v_strides = _tokens_first(shape), _tokens_first(k_strides), _tokens_first(v_strides)
@@ -125,6 +132,7 @@ def key_value(k: torch.Tensor, v: torch.Tensor, *, paged: bool, kv_layout: str =
         shape[1],
         shape[2],
         shape[3],
+        v.shape[-1],
         k.dtype,
         k.device,
     )
@@ -162,7 +170,8 @@ def paged_key_value(cache: PagedCache, kv_layout: str) -> KeyValue:
     elif kv_layout == "HND":
         shape, strides = _tokens_first(shape), _tokens_first(strides)
     stride = (strides[0], strides[1], strides[2])
-    return KeyValue(k, v, stride, stride, shape[0], shape[1], shape[2], shape[3], owner.dtype, owner.device)
+    dim = shape[3]
+    return KeyValue(k, v, stride, stride, shape[0], shape[1], shape[2], dim, dim, owner.dtype, owner.device)
 
 
 def _combined(cache: torch.Tensor) -> Tuple[int, Tuple[int, ...], Tuple[int, ...], int]:

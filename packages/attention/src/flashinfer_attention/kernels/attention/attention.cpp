@@ -10,13 +10,14 @@ namespace attention {
 
 template <class T, int32_t kTileRows>
 void attention(const AttentionParams& p, int32_t worker, int32_t num_workers) {
+  constexpr int32_t kKvTile = kTileRows;  // as variants.py tells the planner
   if constexpr (kTileRows == DecodeTile<T>::kRows) {
-    decode<T>(p, WorkerItems(p, p.kv_heads * p.group, 1, kTileRows, worker, num_workers));
+    decode<T>(p, WorkerItems(p, p.kv_heads * p.group, 1, kTileRows, kKvTile, worker, num_workers));
   } else {
     static_assert(kTileRows == PrefillTile<T>::kRows, "tile_rows names the decode or the prefill tile");
     PrefillTile<T> tile;
     WorkItem item;
-    for (WorkerItems items(p, p.group, p.kv_heads, kTileRows, worker, num_workers); items.next(item);)
+    for (WorkerItems items(p, p.group, p.kv_heads, kTileRows, kKvTile, worker, num_workers); items.next(item);)
       tile.run(p, item);
   }
 }

@@ -9,7 +9,7 @@
 #include "attention/output.cuh"
 #include "attention/softmax.cuh"
 #include "attention/tile.cuh"
-#include "core/plan.h"
+#include "core/uniform.h"
 
 namespace flashinfer {
 namespace attention {

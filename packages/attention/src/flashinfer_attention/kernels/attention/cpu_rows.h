@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "attention/params.h"
-#include "core/plan.h"
 #include "core/simd.h"
+#include "core/uniform.h"
 
 namespace flashinfer {
 namespace attention {
@@ -88,9 +88,9 @@ void write_row(const AttentionParams& p, const WorkItem& item, int32_t tile_row,
 class WorkerItems {
  public:
   // `group` and `kv_heads` are those of the plan.
-  WorkerItems(const AttentionParams& p, int32_t group, int32_t kv_heads, int32_t tile_rows, int32_t worker,
-              int32_t num_workers)
-      : p_(p), group_(group), kv_heads_(kv_heads), tile_rows_(tile_rows) {
+  WorkerItems(const AttentionParams& p, int32_t group, int32_t kv_heads, int32_t tile_rows, int32_t kv_tile,
+              int32_t worker, int32_t num_workers)
+      : p_(p), group_(group), kv_heads_(kv_heads), tile_rows_(tile_rows), kv_tile_(kv_tile) {
     const bool listed = p.items != nullptr;
     next_ = listed ? p.worker_indptr[worker] : worker;
     end_ = listed ? p.worker_indptr[worker + 1] : kv_heads * p.uniform.tiles * p.uniform.pieces;
@@ -99,14 +99,15 @@ class WorkerItems {
 
   bool next(WorkItem& item) {
     if (next_ >= end_) return false;
-    item = p_.items != nullptr ? p_.items[next_] : uniform_item(p_.uniform, group_, kv_heads_, tile_rows_, next_);
+    item = p_.items != nullptr ? p_.items[next_]
+                               : uniform_item(p_.uniform, group_, kv_heads_, tile_rows_, kv_tile_, next_);
     next_ += step_;
     return true;
   }
 
  private:
   const AttentionParams& p_;
-  int32_t group_, kv_heads_, tile_rows_;
+  int32_t group_, kv_heads_, tile_rows_, kv_tile_;
   int32_t next_, end_, step_;
 };
 

@@ -7,7 +7,7 @@
 #include "attention/scores.cuh"
 #include "attention/tile.cuh"
 #include "core/copy.cuh"
-#include "core/plan.h"
+#include "core/uniform.h"
 
 namespace flashinfer {
 namespace attention {
@@ -63,7 +63,7 @@ struct Work {
 
   template <typename Tile>
   __device__ WorkItem at(int32_t i) const {
-    return p.items != nullptr ? p.items[i] : uniform_item(p.uniform, p.group, p.kv_heads, Tile::kRows, i);
+    return p.items != nullptr ? p.items[i] : uniform_item(p.uniform, p.group, p.kv_heads, Tile::kRows, Tile::kKeys, i);
   }
 };
 

@@ -5,7 +5,7 @@
 
 #include "attention/params.h"
 #include "core/math.cuh"
-#include "core/plan.h"
+#include "core/uniform.h"
 
 namespace flashinfer {
 namespace attention {

@@ -1,22 +1,14 @@
-// From lengths to work: a stream-K schedule over tiles of packed rows, and its closed form for a single request.
+// From lengths to work: a stream-K schedule over tiles of packed rows.
 //
 // All tiles are laid end to end, each as long as its key tiles plus one for starting it; the whole is cut into equal
 // ranges, one for each worker. So at most workers - 1 tiles are cut, whatever the batch, and buffers follow from
 // maxima. Plain functions: g++ compiles them for lengths on the host, NVRTC for lengths on the device.
 #pragma once
 
+#include "core/tiles.h"
 #include "core/work.h"
 
 namespace flashinfer {
-
-struct PlanShape {
-  int32_t group;  // query heads of a KV head
-  int32_t kv_heads;
-  int32_t tile_rows;  // packed rows of a tile
-  int32_t kv_tile;    // keys of a tile; pieces begin and end at its multiples
-  int32_t causal;
-  int32_t num_workers;
-};
 
 struct PlanLengths {
   const int32_t* q_indptr;   // [requests + 1]
@@ -29,6 +21,7 @@ struct PlanBuffers {
   int32_t* worker_indptr;  // [workers + 1], into items
   int32_t* num_merges;     // [1]
   MergeItem* merges;       // [workers]
+  int32_t* arrivals;       // [workers], of each merge: 0 when the plan arrives; who counts in it leaves 0 behind
   WorkItem* items;         // [tiles of all requests and heads + workers - 1]
 };
 
@@ -38,31 +31,10 @@ struct PlanCounts {
   int32_t pieces;  // of all cut tiles; each holds tile_rows rows of the partial buffers
 };
 
-FLASHINFER_HOST_DEVICE inline int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
-
-// Written so that it cannot overflow: a >= 0, b >= 1.
-FLASHINFER_HOST_DEVICE inline int32_t ceil_div(int32_t a, int32_t b) { return a / b + (a % b != 0); }
-
-FLASHINFER_HOST_DEVICE inline int32_t tiles_of(int32_t q_len, int32_t group, int32_t tile_rows) {
-  const int32_t rows = q_len * group;
-  return rows <= tile_rows ? rows > 0 : ceil_div(rows, tile_rows);  // decode needs no division
-}
-
-// Keys that the last row of a tile sees; every row of the tile sees no more.
-FLASHINFER_HOST_DEVICE inline int32_t visible_keys(int32_t q_len, int32_t kv_len, int32_t group, int32_t tile_rows,
-                                                   int32_t causal, int32_t row_begin) {
-  if (!causal) return kv_len;
-  const int64_t row_end = int64_t(row_begin) + tile_rows;
-  const int64_t rows = int64_t(q_len) * group;
-  const int64_t last_query = row_end < rows ? (row_end - 1) / group : int64_t(q_len) - 1;
-  const int64_t seen = int64_t(kv_len) - q_len + last_query + 1;
-  return seen < 0 ? 0 : int32_t(seen < kv_len ? seen : kv_len);
-}
-
 // One tile of one KV head, and what it costs: `key_tiles`, plus one for starting it.
 struct PlanTile {
   int32_t request, q_start, q_len, kv_start, kv_len, kv_head, row_begin;
-  int32_t visible;
+  TileKeys keys;
   int32_t key_tiles;
 };
 
@@ -76,8 +48,8 @@ FLASHINFER_HOST_DEVICE inline PlanTile tile_at(const PlanShape& shape, const Pla
   t.kv_len = lengths.kv_len[request];
   t.kv_head = 0;
   t.row_begin = tile * shape.tile_rows;
-  t.visible = visible_keys(t.q_len, t.kv_len, shape.group, shape.tile_rows, shape.causal, t.row_begin);
-  t.key_tiles = ceil_div(t.visible, shape.kv_tile);
+  t.keys = tile_keys(shape, t.q_len, t.kv_len, t.row_begin);
+  t.key_tiles = t.keys.count();
   return t;
 }
 
@@ -126,6 +98,7 @@ struct PlanWriter {
 
   FLASHINFER_HOST_DEVICE PlanWriter(const PlanShape& s, const PlanBuffers& buffers) : shape(s), out(buffers) {
     out.worker_indptr[0] = 0;
+    for (int32_t i = 0; i < s.num_workers; ++i) out.arrivals[i] = 0;
   }
 
   FLASHINFER_HOST_DEVICE static WorkItem item(const PlanTile& t, int32_t kv_begin, int32_t kv_end, int32_t partial,
@@ -133,16 +106,20 @@ struct PlanWriter {
     return WorkItem{t.q_start, t.q_len, t.kv_start, t.kv_len,  t.kv_head, t.row_begin,
                     kv_begin,  kv_end,  partial,    t.request, merge,     0};
   }
+  // The first key of key tile `index` of those that the tile sees.
+  FLASHINFER_HOST_DEVICE int32_t begin_of(const PlanTile& t, int32_t index) const {
+    return (t.keys.begin + index) * shape.kv_tile;
+  }
   FLASHINFER_HOST_DEVICE void whole(const PlanTile& t, int32_t heads) {
     WorkItem* const to = out.items + counts.items;
     PlanTile each = t;
-    for (int32_t i = 0; i < heads; ++i, ++each.kv_head) to[i] = item(each, 0, t.visible, -1, -1);
+    for (int32_t i = 0; i < heads; ++i, ++each.kv_head) to[i] = item(each, begin_of(t, 0), t.keys.visible, -1, -1);
     counts.items += heads;
   }
   FLASHINFER_HOST_DEVICE void piece(const PlanTile& t, int32_t first, int32_t last) {
-    const int32_t kv_end = last == t.key_tiles ? t.visible : last * shape.kv_tile;
+    const int32_t kv_end = last == t.key_tiles ? t.keys.visible : begin_of(t, last);
     const int32_t partial = counts.pieces++ * shape.tile_rows;
-    out.items[counts.items++] = item(t, first * shape.kv_tile, kv_end, partial, counts.merges);
+    out.items[counts.items++] = item(t, begin_of(t, first), kv_end, partial, counts.merges);
   }
   FLASHINFER_HOST_DEVICE void merge(const PlanTile& t, int32_t pieces) {
     const int32_t rows = smaller(shape.tile_rows, t.q_len * shape.group - t.row_begin);
@@ -267,35 +244,6 @@ FLASHINFER_HOST_DEVICE inline PlanCounts plan(const PlanShape& shape, const Plan
   cut(shape, lengths, total, quantum, writer);
   *out.num_merges = writer.counts.merges;
   return writer.counts;
-}
-
-// Item `index` of [0, kv_heads * tiles * pieces) of one request that starts at row 0 of q and entry 0 of the cache.
-// Tiles run from the last to the first: under a causal mask these are the longest, and the tail stays short.
-FLASHINFER_HOST_DEVICE inline WorkItem uniform_item(const UniformWork& work, int32_t group, int32_t kv_heads,
-                                                    int32_t tile_rows, int32_t index) {
-  const int32_t piece = index % work.pieces;
-  const int32_t kv_head = index / work.pieces % kv_heads;
-  const int32_t tile = work.tiles - 1 - index / work.pieces / kv_heads;
-  const int32_t row_begin = tile * tile_rows;
-  const int32_t visible = visible_keys(work.q_len, work.kv_len, group, tile_rows, work.causal, row_begin);
-  const int64_t begin = int64_t(piece) * work.piece_len;
-  const int64_t end = begin + work.piece_len;
-  const int32_t kv_begin = int32_t(begin < visible ? begin : visible);
-  const int32_t kv_end = int32_t(end < visible ? end : visible);
-  const int32_t merge = kv_head * work.tiles + tile;
-  if (work.pieces == 1)
-    return WorkItem{0, work.q_len, 0, work.kv_len, kv_head, row_begin, kv_begin, kv_end, -1, 0, -1, 0};
-  const int32_t partial = (merge * work.pieces + piece) * tile_rows;
-  return WorkItem{0, work.q_len, 0, work.kv_len, kv_head, row_begin, kv_begin, kv_end, partial, 0, merge, 0};
-}
-
-// Merge `index` of [0, kv_heads * tiles) of the same request.
-FLASHINFER_HOST_DEVICE inline MergeItem uniform_merge(const UniformWork& work, int32_t group, int32_t tile_rows,
-                                                      int32_t index) {
-  const int32_t kv_head = index / work.tiles;
-  const int32_t row_begin = index % work.tiles * tile_rows;
-  const int32_t rows = smaller(tile_rows, work.q_len * group - row_begin);
-  return MergeItem{0, work.q_len, kv_head, row_begin, rows, index * work.pieces * tile_rows, work.pieces, 0};
 }
 
 }  // namespace flashinfer
