@@ -1,7 +1,7 @@
 """Attention over ragged and paged KV caches.
 
-`attention`, `plan_attention` and `single` are the native operator; its lse is natural. The names of FlashInfer are in
-`decode` and `prefill`; their lse is in base 2.
+`attention`, `plan_attention` and `single` are the native operator, `merge_*` merge what it returns; its lse is natural.
+The names of FlashInfer are in `decode` and `prefill`; their lse is in base 2.
 """
 
 from flashinfer_attention.attention import Plan, Workspace, attention, plan_attention, single, workspace_bytes
@@ -16,6 +16,7 @@ from flashinfer_attention.prefill import (
     single_prefill_with_kv_cache,
     single_prefill_with_kv_cache_return_lse,
 )
+from flashinfer_attention.states import merge_ragged_states, merge_state, merge_state_in_place, merge_states
 from flashinfer_attention.support import supports, why_not
 from flashinfer_core.version import __version__
 
@@ -28,6 +29,10 @@ __all__ = [
     "Workspace",
     "__version__",
     "attention",
+    "merge_ragged_states",
+    "merge_state",
+    "merge_state_in_place",
+    "merge_states",
     "plan_attention",
     "single",
     "single_decode_with_kv_cache",

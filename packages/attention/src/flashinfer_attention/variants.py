@@ -19,6 +19,10 @@ CPU_MAX_DECODE_ROWS = 16
 # On a CPU, workers beyond the threads let a thread that finished early take over from one that was interrupted.
 CPU_WORKERS_PER_THREAD = 4
 
+STATE_DTYPES = ("f32", "f16", "bf16")
+STATES_THREADS = 256
+STATES_AHEAD = 4  # states whose loads a thread has under way
+
 CUDA_HEAD_DIMS = (64, 128, 256)
 # Shared memory of a CTA in bytes. PTX also runs on the successors with the least: sm_86 and sm_120 have 99 KB.
 SHARED_LIMITS: Dict[str, int] = {
@@ -144,8 +148,42 @@ class Merge:
         return 1 if self.source.endswith(".cpp") else 128
 
 
+@dataclass(frozen=True)
+class States:
+    """One instance of `attention::merge_states`: `dtype` of states, `sum_dtype` of the first one and the result.
+
+    elements: columns of a GPU's thread, 16 bytes or one element; 0 on a CPU.
+    """
+
+    dtype: str
+    sum_dtype: str
+    elements: int
+
+    package = PACKAGE
+    shared_bytes = 0
+
+    @property
+    def source(self) -> str:
+        return f"attention/states.{'cuh' if self.elements else 'cpp'}"
+
+    @property
+    def name(self) -> str:
+        types = self.dtype if self.dtype == self.sum_dtype else f"{self.sum_dtype}-{self.dtype}"
+        return f"states-{types}-{'element' if self.elements == 1 else 'vector'}" if self.elements else f"states-{types}"
+
+    @property
+    def expression(self) -> str:
+        types = f"flashinfer::{self.sum_dtype}, flashinfer::{self.dtype}"
+        sizes = f", {self.elements}, {STATES_AHEAD}" if self.elements else ""
+        return f"flashinfer::attention::merge_states<{types}{sizes}>"
+
+    @property
+    def threads(self) -> int:
+        return STATES_THREADS if self.elements else 1
+
+
 AnyAttention = Union[Attention, AttentionCpu]
-AnyVariant = Union[Attention, AttentionCpu, Merge]
+AnyVariant = Union[Attention, AttentionCpu, Merge, States]
 
 
 def choose(
@@ -177,16 +215,34 @@ def choose_merge(target: str, *, dtype: str) -> Merge:
     return Merge(dtype, f"attention/merge.{'cuh' if target in SHARED_LIMITS else 'cpp'}")
 
 
+def choose_states(target: str, *, dtype: str, sum_dtype: str, aligned: bool) -> States:
+    """Choose the kernel that merges states; `aligned`: all addresses and strides are multiples of 16 bytes."""
+    if target not in SHARED_LIMITS:
+        return States(dtype, sum_dtype, 0)
+    vector = 4 if dtype == "f32" else 8
+    return States(dtype, sum_dtype, vector if aligned else 1)
+
+
+def _shipped_states(target: str) -> Tuple[States, ...]:
+    dtypes = [dtype for dtype in STATE_DTYPES if not (dtype == "bf16" and target.endswith("_75"))]
+    return tuple(
+        choose_states(target, dtype=dtype, sum_dtype=sum_dtype, aligned=aligned)
+        for dtype in dtypes
+        for sum_dtype in sorted({dtype, "f32"})
+        for aligned in ((True, False) if target in SHARED_LIMITS else (True,))
+    )
+
+
 def shipped(target: str) -> Tuple[AnyVariant, ...]:
     """List the variants that a wheel holds for `target`."""
     if target not in SHARED_LIMITS:
         cpu = tuple(AttentionCpu(dtype, rows) for dtype in CPU_DTYPES for rows in _CPU_KV_TILES)
-        return (*cpu, *(choose_merge(target, dtype=dtype) for dtype in CPU_DTYPES))
+        return (*cpu, *(choose_merge(target, dtype=dtype) for dtype in CPU_DTYPES), *_shipped_states(target))
     dtypes = ("f16",) if target.endswith("_75") else ("f16", "bf16")
     attention = tuple(
         _cuda(target, dtype, dim, rows) for dtype in dtypes for dim in CUDA_HEAD_DIMS for rows in _cuda_tile_rows(dim)
     )
-    return (*attention, *(choose_merge(target, dtype=dtype) for dtype in dtypes))
+    return (*attention, *(choose_merge(target, dtype=dtype) for dtype in dtypes), *_shipped_states(target))
 
 
 def _cuda_tile_rows(head_dim: int) -> Tuple[int, ...]:

@@ -24,7 +24,9 @@ __device__ inline float log2_approx(float x) {
   return y;
 }
 
-// A 16-bit element as fp32, exactly.
+// An element as fp32, exactly.
+__device__ inline float widen(float x) { return x; }
+
 __device__ inline float widen(f16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));

@@ -1,0 +1,292 @@
+"""Merge attention states: (o, lse) of the same queries over different keys become those over all of them.
+
+(o, lse) is a commutative monoid with unit (0, -inf): KV splits, chunks, cascade levels and ranks of a sequence-parallel
+group all merge by it. Every lse here is natural. Accumulation is fp32.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import Any, NamedTuple, Optional, Tuple, Type, Union
+
+import torch
+
+from flashinfer_attention.checks import ELEMENTS
+from flashinfer_attention.launch import stream_of
+from flashinfer_attention.options import LOG2_E
+from flashinfer_attention.variants import PACKAGE, STATES_THREADS, AnyVariant, States, choose_states
+from flashinfer_core.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    UnsupportedDeviceError,
+    UnsupportedOptionError,
+)
+from flashinfer_core.kernel import Kernel, load
+from flashinfer_core.params import structure
+from flashinfer_core.tensors import check_int32, check_tensor, lacks_bfloat16
+
+MAX_HEAD_DIM = 512
+# Waking threads costs more than merging this much.
+_BYTES_FOR_THREADS = 1 << 17
+
+State = Tuple[torch.Tensor, torch.Tensor]
+
+
+def merge_state(
+    o_a: torch.Tensor,
+    lse_a: torch.Tensor,
+    o_b: torch.Tensor,
+    lse_b: torch.Tensor,
+    *,
+    out: Optional[torch.Tensor] = None,
+    lse: Optional[torch.Tensor] = None,
+) -> State:
+    """Merge two states of each row.
+
+    o_a, o_b: [tokens, heads, head_dim], fp16, bf16 or fp32, o_a also fp32 where o_b has 16 bits; head_dim a multiple of
+    8 up to 512; any strides with a contiguous last dimension. lse_a, lse_b: float32 [tokens, heads], natural logarithm,
+    any strides. out: as o_a; lse: as lse_a; allocated where None, and may be o_a and lse_a themselves.
+    A state with lse = -inf changes nothing, whatever its o holds. Return (o as o_a, lse). Asynchronous on GPUs.
+    Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError, UnsupportedDeviceError.
+    """
+    return merge_pair(o_a, lse_a, o_b, lse_b, to_log2=LOG2_E, out=out, lse=lse)
+
+
+def merge_state_in_place(
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    o_other: torch.Tensor,
+    lse_other: torch.Tensor,
+    *,
+    mask: Optional[torch.Tensor] = None,
+) -> None:
+    """Merge the state (o_other, lse_other) into (o, lse); see merge_state.
+
+    mask: bool or uint8 [tokens], 0 leaves the token's state as it is; None: all are merged.
+    """
+    merge_pair(o, lse, o_other, lse_other, to_log2=LOG2_E, out=o, lse=lse, mask=mask)
+
+
+def merge_states(
+    o: torch.Tensor, lse: torch.Tensor, *, out: Optional[torch.Tensor] = None, lse_out: Optional[torch.Tensor] = None
+) -> State:
+    """Merge n states of each row, in one pass.
+
+    o: [tokens, n, heads, head_dim]; lse: float32 [tokens, n, heads]; types, strides and what is raised as for
+    merge_state. out: [tokens, heads, head_dim]; lse_out: float32 [tokens, heads]; allocated where None. Without states
+    (n = 0) each row is the unit, (0, -inf). Return (o, lse).
+    """
+    return merge_stacked(o, lse, to_log2=LOG2_E, out=out, lse_out=lse_out)
+
+
+def merge_ragged_states(
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    indptr: torch.Tensor,
+    *,
+    out: Optional[torch.Tensor] = None,
+    lse_out: Optional[torch.Tensor] = None,
+) -> State:
+    """Merge as many states as each row has, any number from 0.
+
+    o: [states, heads, head_dim]; lse: float32 [states, heads]; row i of the result merges states indptr[i] to
+    indptr[i + 1] - 1. indptr: int32 [tokens + 1] on the same device, not decreasing and within `states`; trusted, as
+    its values are not read here. out, lse_out, types, what is raised and returned: as for merge_states.
+    """
+    tokens, heads, head_dim = _rows("o", o, "lse", lse)
+    check_int32("indptr", indptr)
+    if indptr.device != o.device or indptr.shape[0] == 0:
+        raise InvalidArgumentError(
+            f"indptr must be on {o.device} and have one element more than there are rows, "
+            f"got {indptr.shape[0]} on {indptr.device}"
+        )
+    states = _View(o, lse, (0, o.stride(0), o.stride(1)), (0, lse.stride(0), lse.stride(1)))
+    others = _View(o[1:], lse[1:], states.o_strides, states.lse_strides)
+    shape = (indptr.shape[0] - 1, heads, head_dim)
+    return _merge(states, others, tokens, shape, LOG2_E, out, lse_out, indptr=indptr)
+
+
+def merge_pair(
+    o_a: torch.Tensor,
+    lse_a: torch.Tensor,
+    o_b: torch.Tensor,
+    lse_b: torch.Tensor,
+    *,
+    to_log2: float,
+    out: Optional[torch.Tensor] = None,
+    lse: Optional[torch.Tensor] = None,
+    mask: Optional[torch.Tensor] = None,
+) -> State:
+    """Merge two states whose lse times `to_log2` is one in base 2; the body of merge_state and its in-place form."""
+    shape = _rows("o_a", o_a, "lse_a", lse_a)
+    check_tensor("o_b", o_b, shape, None if o_a.dtype == torch.float32 else o_a.dtype, o_a.device)
+    _check_lse("lse_b", lse_b, shape[:2], o_a.device)
+    if mask is not None:
+        check_tensor("mask", mask, (shape[0],), None, o_a.device)
+        if mask.dtype not in (torch.bool, torch.uint8):
+            raise InvalidTypeError(f"mask must be bool or uint8, got {mask.dtype}")
+    return _merge(_pair_view(o_a, lse_a), _pair_view(o_b, lse_b), 2, shape, to_log2, out, lse, mask=mask)
+
+
+def merge_stacked(
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    to_log2: float,
+    out: Optional[torch.Tensor] = None,
+    lse_out: Optional[torch.Tensor] = None,
+) -> State:
+    """Merge [tokens, n, heads, head_dim] states whose lse times `to_log2` is one in base 2."""
+    check_tensor("o", o, (None, None, None, None))
+    tokens, count, heads, head_dim = o.shape
+    check_head_dim(head_dim)
+    _check_lse("lse", lse, (tokens, count, heads), o.device)
+    first = _View(o, lse, o.stride()[:3], lse.stride())
+    others = _View(o[:, 1:], lse[:, 1:], first.o_strides, first.lse_strides)
+    return _merge(first, others, count, (tokens, heads, head_dim), to_log2, out, lse_out)
+
+
+class _View(NamedTuple):
+    """States as the kernels see them: strides in elements of (token, state, head)."""
+
+    o: torch.Tensor
+    lse: torch.Tensor
+    o_strides: Tuple[int, ...]
+    lse_strides: Tuple[int, ...]
+
+    def fill(self, params: Any) -> None:
+        """Write this into a StateRows."""
+        params.o, params.lse = self.o.data_ptr(), self.lse.data_ptr()
+        params.o_stride_token, params.o_stride_state, params.o_stride_head = self.o_strides
+        params.lse_stride_token, params.lse_stride_state, params.lse_stride_head = self.lse_strides
+
+
+def _pair_view(o: torch.Tensor, lse: torch.Tensor) -> _View:
+    return _View(o, lse, (o.stride(0), 0, o.stride(1)), (lse.stride(0), 0, lse.stride(1)))
+
+
+def _rows(o_name: str, o: torch.Tensor, lse_name: str, lse: torch.Tensor) -> Tuple[int, int, int]:
+    """Check one state of each row; return its shape."""
+    check_tensor(o_name, o, (None, None, None))
+    tokens, heads, head_dim = o.shape
+    check_head_dim(head_dim)
+    _check_lse(lse_name, lse, (tokens, heads), o.device)
+    return tokens, heads, head_dim
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raise unless there is a kernel for rows of so many columns."""
+    if head_dim < 8 or head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        raise UnsupportedOptionError("head_dim", head_dim, f"multiples of 8 up to {MAX_HEAD_DIM}")
+
+
+def _check_lse(name: str, lse: torch.Tensor, shape: Tuple[int, ...], device: torch.device) -> None:
+    """Raise unless `lse` is float32 of this shape; unlike o it may have any strides."""
+    if not isinstance(lse, torch.Tensor):
+        raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(lse).__name__}")
+    if lse.shape != shape or lse.device != device:
+        raise InvalidArgumentError(
+            f"{name} must have shape {list(shape)} on {device}, got {list(lse.shape)} on {lse.device}"
+        )
+    if lse.dtype != torch.float32:
+        raise InvalidTypeError(f"{name} must be torch.float32, got {lse.dtype}")
+
+
+def _check_types(o: torch.Tensor, others: torch.Tensor) -> None:
+    if o.device.type not in ("cpu", "cuda"):
+        raise UnsupportedDeviceError(f"there are no kernels for {o.device}", remedy="use a CPU or a CUDA device")
+    for tensor in (o, others):
+        if tensor.dtype not in ELEMENTS:
+            raise UnsupportedOptionError("dtype", tensor.dtype, "float32, float16 and bfloat16")
+        if tensor.dtype == torch.bfloat16 and tensor.device.type == "cuda" and lacks_bfloat16(tensor.device):
+            raise UnsupportedOptionError("dtype", tensor.dtype, "float32 and float16 on GPUs older than sm_80")
+
+
+def _merge(
+    first: _View,
+    others: _View,
+    count: int,
+    shape: Tuple[int, int, int],
+    to_log2: float,
+    out: Optional[torch.Tensor],
+    lse: Optional[torch.Tensor],
+    *,
+    indptr: Optional[torch.Tensor] = None,
+    mask: Optional[torch.Tensor] = None,
+) -> State:
+    """Check the types and the outputs, allocate those that are missing, launch."""
+    _check_types(first.o, others.o)
+    device, dtype = first.o.device, first.o.dtype
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        check_tensor("out", out, shape, dtype, device)
+    if lse is None:
+        lse = torch.empty(shape[:2], dtype=torch.float32, device=device)
+    else:
+        _check_lse("lse", lse, shape[:2], device)
+    if out.numel() == 0:
+        return out, lse
+    params = _structure()(
+        o=out.data_ptr(),
+        lse=lse.data_ptr(),
+        indptr=0 if indptr is None else indptr.data_ptr(),
+        mask=0 if mask is None else mask.data_ptr(),
+        o_stride_token=out.stride(0),
+        o_stride_head=out.stride(1),
+        lse_stride_token=lse.stride(0),
+        lse_stride_head=lse.stride(1),
+        tokens=shape[0],
+        states=count,
+        heads=shape[1],
+        head_dim=shape[2],
+        in_place=lse.data_ptr() in (first.lse.data_ptr(), others.lse.data_ptr()),
+        to_log2=to_log2,
+    )
+    first.fill(params.first)
+    others.fill(params.others)
+    _launch(params, first, others, out)
+    return out, lse
+
+
+def _launch(params: Any, first: _View, others: _View, out: torch.Tensor) -> None:
+    tokens, heads, head_dim = out.shape
+    if out.device.type == "cpu":
+        kernel = _load(others.o.dtype, out.dtype, True, "cpu")
+        busy = out.numel() * out.element_size() >= _BYTES_FOR_THREADS
+        kernel.launch(params, workers=min(tokens * heads, kernel.max_workers) if busy else 1)
+        return
+    views = ((first.o, first.o_strides), (others.o, others.o_strides), (out, out.stride()[:2]))
+    kernel = _load(others.o.dtype, out.dtype, all(_is_aligned(*view) for view in views), out.device.index)
+    variant = kernel.variant
+    assert isinstance(variant, States)
+    rows_at_once = STATES_THREADS // min(head_dim // variant.elements, STATES_THREADS)
+    kernel.launch(params, workers=min(-(-tokens * heads // rows_at_once), 2**31 - 1), stream=stream_of(out.device))
+
+
+def _is_aligned(o: torch.Tensor, strides: Tuple[int, ...]) -> bool:
+    size = o.element_size()
+    return o.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in strides)
+
+
+def _load(dtype: torch.dtype, sum_dtype: torch.dtype, aligned: bool, where: Union[str, int]) -> Kernel:
+    forced = os.environ.get("FLASHINFER_CPU_TARGET" if where == "cpu" else "FLASHINFER_CUDA_TARGET")
+    return _load_for(dtype, sum_dtype, aligned, where, forced)
+
+
+@lru_cache(maxsize=None)
+def _load_for(
+    dtype: torch.dtype, sum_dtype: torch.dtype, aligned: bool, where: Union[str, int], forced: Optional[str]
+) -> Kernel:
+    def states_for(target: str) -> Optional[AnyVariant]:
+        if dtype == torch.bfloat16 and target.endswith("_75"):
+            return None
+        return choose_states(target, dtype=ELEMENTS[dtype], sum_dtype=ELEMENTS[sum_dtype], aligned=aligned)
+
+    return load(states_for, where)
+
+
+@lru_cache(maxsize=None)
+def _structure() -> Type[Any]:
+    return structure(PACKAGE, "attention/states_params.h", "StatesParams")
