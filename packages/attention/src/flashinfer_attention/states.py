@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, Optional, Tuple, Type, Union
 
 import torch
 
-from flashinfer_attention.checks import ELEMENTS
+from flashinfer_attention.checks import check_output
+from flashinfer_attention.compat import LOG2_E
 from flashinfer_attention.launch import stream_of
-from flashinfer_attention.options import LOG2_E
+from flashinfer_attention.support import ELEMENTS
 from flashinfer_attention.variants import PACKAGE, STATES_THREADS, AnyVariant, States, choose_states
 from flashinfer_core.errors import (
     InvalidArgumentError,
@@ -221,7 +222,7 @@ def _merge(
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
     else:
-        check_tensor("out", out, shape, dtype, device)
+        check_output("out", out, shape, dtype, device)
     if lse is None:
         lse = torch.empty(shape[:2], dtype=torch.float32, device=device)
     else:
