@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, List, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import pytest
 import torch
@@ -35,7 +35,10 @@ def indptr_of(lengths: Sequence[int]) -> torch.Tensor:
 
 @dataclass
 class Paged:
-    """A batch over a paged cache, [pages, page_size, kv_heads, dim] whatever the layout in memory."""
+    """A batch over a paged cache: k and v are [pages, page_size, kv_heads, dim] whatever the layout in memory.
+
+    dim_vo: columns of v, of the same rows as k; None: dim. kv_dtype: None: dtype. poison: in what no request owns.
+    """
 
     q_lens: List[int]
     kv_lens: List[int]
@@ -47,6 +50,9 @@ class Paged:
     device: str = "cpu"
     layout: str = "NHD"
     seed: int = 0
+    dim_vo: Optional[int] = None
+    kv_dtype: Optional[torch.dtype] = None
+    poison: float = float("nan")
     q: torch.Tensor = field(init=False)
     k: torch.Tensor = field(init=False)
     v: torch.Tensor = field(init=False)
@@ -61,32 +67,38 @@ class Paged:
         last = [n - (p - 1) * self.page_size if n else 0 for n, p in zip(self.kv_lens, pages)]
         self.last_page_len = torch.tensor(last, dtype=torch.int32)
         self.q_indptr = indptr_of(self.q_lens)
-        shape = (used + spare, 2, self.page_size, self.kv_heads, self.dim)
-        cache = torch.randn(shape, generator=generator).to(self.dtype)
-        cache[order[used:]] = float("nan")
+        dim_vo = self.dim if self.dim_vo is None else self.dim_vo
+        shape = (used + spare, 2, self.page_size, self.kv_heads, max(self.dim, dim_vo))
+        cache = torch.randn(shape, generator=generator)
+        cache[order[used:]] = self.poison
         for request, length in enumerate(last):
             if length:
-                cache[order[self.indptr[request + 1] - 1], :, length:] = float("nan")
+                cache[order[self.indptr[request + 1] - 1], :, length:] = self.poison
+        cache[:, 0, ..., self.dim :] = cache[:, 1, ..., dim_vo:] = self.poison
         q = torch.randn(sum(self.q_lens), self.heads, self.dim, generator=generator)
         self.q = q.to(self.dtype).to(self.device)
-        self.cache = cache.to(self.device)
+        self.cache = cache.to(self.dtype if self.kv_dtype is None else self.kv_dtype).to(self.device)
         if self.layout == "HND":
             self.cache = self.cache.transpose(2, 3).contiguous()
-        self.k, self.v = (c.transpose(1, 2) if self.layout == "HND" else c for c in self.cache.unbind(1))
+        k, v = self.pair
+        self.k, self.v = (c.transpose(1, 2) if self.layout == "HND" else c for c in (k, v))
 
     @property
     def pair(self) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return the cache as two tensors in its layout."""
-        return self.cache[:, 0], self.cache[:, 1]
+        return self.cache[:, 0, ..., : self.dim], self.cache[:, 1, ..., : self.dim_vo]
 
     @property
     def kv_len(self) -> torch.Tensor:
         return torch.tensor(self.kv_lens, dtype=torch.int32)
 
+    def rows(self, cache: torch.Tensor) -> List[torch.Tensor]:
+        """Return the rows of each request, fp64 on the CPU."""
+        return reference.gather(cache.cpu().double(), self.indices, self.indptr.tolist(), self.kv_lens)
+
     def expected(self, **options: Any) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return (o, natural lse) in fp64 on the CPU."""
-        indptr, table = self.indptr.tolist(), self.indices
-        k, v = (reference.gather(cache.cpu(), table, indptr, self.kv_lens) for cache in (self.k, self.v))
+        k, v = self.rows(self.k), self.rows(self.v)
         return reference.ragged(self.q.cpu(), self.q_indptr.tolist(), k, v, **options)
 
     def check(self, o: torch.Tensor, lse: torch.Tensor, *, base2: bool = True, **options: Any) -> None:

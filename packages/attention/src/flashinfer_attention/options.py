@@ -176,8 +176,6 @@ def _check_floats(options: Options) -> None:
         value = getattr(options, name)
         if not _LEAST_SCALE <= value <= _MOST_SCALE:
             raise InvalidArgumentError(f"{name} must be finite and greater than 0, got {value}")
-    if options.alibi and options.rope:
-        raise InvalidArgumentError("alibi and rope are two ways to encode positions: choose one")
 
 
 def _check_mask(options: Options, problem: Problem, requests: int) -> None:
