@@ -60,27 +60,56 @@ def test_a_variant_that_does_not_compile_stops_the_build(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_command_line_narrows_by_name(tmp_path: Path) -> None:
-    package = write(tmp_path)
-    (package / "variants.py").write_text(
-        "from tiny_package import CPU, Scale\n"
-        "def shipped(target):\n    return [Scale(factor, CPU.source) for factor in (2, 3)]\n"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "flashinfer_core.compiler",
-        "tiny",
-        "--target",
-        HERE,
-        "--name",
-        "*-3",
-        "--jobs",
-        "1",
-    ]
+VARIANTS = """from tiny_package import CPU, Scale
+def shipped(target):
+    return [Scale(factor, CPU.source) for factor in (2, 3)]
+"""
+
+
+def _command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flashinfer_core.compiler", *arguments, "--target", HERE, "--jobs", "1"]
     path = os.pathsep.join([str(tmp_path), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "FLASHINFER_BUILD_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_command_line_narrows_by_name(tmp_path: Path) -> None:
+    package = write(tmp_path)
+    (package / "variants.py").write_text(VARIANTS)
+    (tmp_path / "pyproject.toml").touch()  # a source tree
+    done = _command(tmp_path, "tiny", "--name", "*-3")
+    assert done.returncode == 0, done.stderr
     assert [path.name for path in (package / "images" / HERE).iterdir()] == ["scale-3.image"]
     assert "scale-3" in done.stdout
     assert done.stderr.startswith("[1/1]")
+
+
+def test_an_installed_package_is_not_written_to(tmp_path: Path) -> None:
+    package = write(tmp_path)
+    (package / "variants.py").write_text(VARIANTS)
+    before = sorted(package.rglob("*.image"))
+    done = _command(tmp_path, "tiny")
+    assert done.returncode == 1
+    assert "tiny is an installed package, no source tree" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("give a folder for the images: --out /tmp/images; ")
+    assert sorted(package.rglob("*.image")) == before
+    done = _command(tmp_path, "tiny", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in sorted((tmp_path / "out" / HERE).iterdir())] == ["scale-2.image", "scale-3.image"]
+
+
+@pytest.mark.parametrize(
+    ("package", "what", "remedy"),
+    [
+        ("nopkg", "the package 'nopkg' is not installed", "packages of kernels: flashinfer_attention, "),
+        ("no.pkg", "the package 'no.pkg' is not installed", "packages of kernels: flashinfer_attention, "),
+        ("flashinfer-page", "'flashinfer-page' is not installed", "pip install -i INDEX flashinfer-page, where "),
+        ("json", "has no variants.py, so 'json' is no package of kernels", "name one of: flashinfer_attention, "),
+    ],
+)
+def test_what_is_no_package_of_kernels(tmp_path: Path, package: str, what: str, remedy: str) -> None:
+    done = _command(tmp_path, package)
+    assert done.returncode == 1
+    first, last = done.stderr.splitlines()
+    assert what in first
+    assert last.startswith(remedy)

@@ -38,7 +38,7 @@ def test_forced_cpu_target(target: str, monkeypatch: pytest.MonkeyPatch) -> None
     if (target == "aarch64") == (platform.machine() == "aarch64"):
         assert device.candidates("cpu") == [target]
     else:
-        with pytest.raises(InvalidArgumentError, match=rf"FLASHINFER_CPU_TARGET={target} cannot run .*\nuse one of: "):
+        with pytest.raises(InvalidArgumentError, match=rf"FLASHINFER_CPU_TARGET={target} cannot run on this device\n"):
             device.candidates("cpu")
 
 

@@ -81,6 +81,35 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
 }
 
+# variables that are set: words of the message, words of the remedy
+VARIABLES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "FLASHINFER_CPU_TARGET=avx512": (
+        {},
+        "FLASHINFER_CPU_TARGET=avx512 is not a target of cpu kernels",
+        "unset it, or use one of: x86_64_v3, x86_64_v2",
+    ),
+    "FLASHINFER_CPU_TARGET=x86_64_v4": (
+        {},
+        "FLASHINFER_CPU_TARGET=x86_64_v4 cannot run on this CPU",
+        "unset it, or use one of: x86_64_v3, x86_64_v2",
+    ),
+    "FLASHINFER_CUDA_TARGET=sm_80": (
+        {},
+        "FLASHINFER_CUDA_TARGET=sm_80 cannot run on GPU 0 (H100)",
+        "unset it, or use one of: sm_90a, sm_90, compute_90",
+    ),
+    "FLASHINFER_CUDA_TARGET=hopper": (
+        {"gpus": ()},
+        "FLASHINFER_CUDA_TARGET=hopper is not a target of cuda kernels",
+        "unset it, or use one of: sm_75, sm_80",
+    ),
+    "FLASHINFER_NUM_THREADS=two": (
+        {},
+        "FLASHINFER_NUM_THREADS=two is not a number of threads",
+        "unset it, or use a number from 1 to 4096",
+    ),
+}
+
 
 def test_a_sound_installation_has_no_problem() -> None:
     assert diagnosis.problems(SOUND, ROWS) == []
@@ -98,6 +127,24 @@ def test_problem_is_named_with_the_command_that_mends_it(kind: str) -> None:
     text = render(facts, [problem], [])
     assert f"problem: {problem.what}\n  mend: {problem.remedy}" in text
     assert text.endswith("1 problem(s) found")
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_a_variable_that_no_kernel_can_follow_is_named_with_what_it_may_be(variable: str) -> None:
+    changes, what, remedy = VARIABLES[variable]
+    facts = dataclasses.replace(SOUND, environment=dict([variable.split("=")]), **changes)
+    [problem] = diagnosis.problems(facts, ROWS)
+    assert problem.kind == "environment"
+    assert what in problem.what
+    assert remedy in problem.remedy
+
+
+def test_a_forced_target_must_have_its_images() -> None:
+    for name, problems in (("x86_64_v2", 0), ("x86_64_v3", 1)):
+        facts = dataclasses.replace(SOUND, environment={"FLASHINFER_CPU_TARGET": name})
+        assert len(diagnosis.problems(facts, ROWS)) == problems
+    [problem] = diagnosis.problems(facts, ROWS)
+    assert "flashinfer_page has no image for this CPU (any of x86_64_v3)" in problem.what
 
 
 def test_the_nearest_wheel_keeps_cuda_where_it_can() -> None:
@@ -119,10 +166,15 @@ def test_a_gpu_image_that_can_be_compiled_is_no_problem() -> None:
 
 def test_notes() -> None:
     facts = dataclasses.replace(
-        SOUND, torch=TorchBuild("2.5.1", None), nvrtc_error="none", cache={"/a": "Permission denied"}
+        SOUND,
+        torch=TorchBuild("2.5.1", None),
+        nvrtc_error="none",
+        cache={"/a": "Permission denied"},
+        environment={"FLASHINFER_THREADS": "2", "FLASHINFER_NUM_THREADS": "2", "CUDA_HOME": "/usr/local/cuda"},
     )
     assert [note.split(":")[0].split(",")[0] for note in diagnosis.notes(facts)] == [
         "torch was built without CUDA",
         "no NVRTC",
         "no cache folder is usable",
+        "this library reads no variable FLASHINFER_THREADS; docs/images.md lists those that it reads",
     ]

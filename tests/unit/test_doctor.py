@@ -47,6 +47,18 @@ def test_json_holds_the_same_facts() -> None:
     assert all(set(problem) == {"kind", "what", "remedy"} for problem in content["problems"])
 
 
+@pytest.mark.parametrize("arguments", [(), ("--json",)], ids=["text", "json"])
+def test_a_reader_that_leaves_early_is_no_error(arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, *PROGRAM, *arguments]
+    done = subprocess.run(command, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == _run(*arguments).returncode
+
+
 def test_the_command_needs_a_command_and_knows_its_version() -> None:
     assert _run(program=SCRIPT[:2]).returncode == 2
     assert _run("--version", program=SCRIPT[:2]).stdout.strip() == flashinfer_core.__version__

@@ -52,6 +52,15 @@ def test_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pyte
     assert headers.package_folder("explosive") == tmp_path / "explosive"
 
 
-def test_absent_package_names_the_distribution() -> None:
-    with pytest.raises(InstallationError, match="pip install flashinfer-nothing"):
-        headers.package_folder("flashinfer_nothing")
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("flashinfer_lora", "pip install -i INDEX flashinfer-lora, where the other flashinfer wheels came from$"),
+        ("flashinfer-lora", "pip install -i INDEX flashinfer-lora, .* and name it flashinfer_lora$"),
+        ("flashinfer_nothing", "packages of kernels: flashinfer_attention, .*one of your own must be importable"),
+    ],
+)
+def test_absent_package_names_what_pip_can_install(name: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(InstallationError, match=f"'{name}' is not installed\n{remedy}"):
+        headers.package_folder(name)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Callable, Iterable, Sequence
 
 from flashinfer_core import cache, compiler, headers, targets
-from flashinfer_core.errors import FlashInferError
+from flashinfer_core.console import say
+from flashinfer_core.errors import FlashInferError, InstallationError, InvalidArgumentError
 from flashinfer_core.images import Image, path_of
 from flashinfer_core.nvrtc import find
 from flashinfer_core.unit import Unit
@@ -122,15 +123,14 @@ def table(built: Sequence[Built]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(arguments)
-    folder = headers.package_folder(options.package)
-    shipped: Shipped = importlib.import_module(f"{options.package}.variants").shipped
-    chosen = targets.expand(options.target.split(","), platform.machine())
     try:
+        folder = headers.package_folder(options.package)
+        shipped = _shipped_of(options.package, folder)
         built = build_images(
             folder / "kernels",
             lambda target: [v for v in shipped(target) if fnmatch.fnmatch(v.name, options.name)],
-            chosen,
-            options.out or folder / "images",
+            targets.expand(options.target.split(","), platform.machine()),
+            options.out or _images_of_tree(folder),
             nvrtc=options.nvrtc,
             jobs=options.jobs,
             report=lambda line: print(line, file=sys.stderr, flush=True),
@@ -138,8 +138,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FlashInferError as error:
         print(error, file=sys.stderr)
         return 1
-    print(table(built))
+    say(table(built))
     return 0
+
+
+def _shipped_of(package: str, folder: Path) -> Shipped:
+    if not (folder / "variants.py").exists():
+        raise InstallationError(
+            f"{folder} has no variants.py, so {package!r} is no package of kernels",
+            remedy=f"name one of: {', '.join(headers.KERNEL_PACKAGES)}, or a package with the same files as these",
+        )
+    shipped: Shipped = importlib.import_module(f"{package}.variants").shipped
+    return shipped
+
+
+def _images_of_tree(folder: Path) -> Path:
+    """Return where the images of a source tree lie; raise where `folder` is installed, whose files are pip's."""
+    if any((parent / "pyproject.toml").exists() for parent in folder.parents[:2]):
+        return folder / "images"
+    raise InvalidArgumentError(
+        f"{folder} is an installed package, no source tree, and what pip installed is not written to",
+        remedy="give a folder for the images: --out /tmp/images; those of a wheel come back with "
+        f"pip install --force-reinstall {folder.name.replace('_', '-')}",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("package", help="import name: flashinfer_attention")
     parser.add_argument("--target", default=os.environ.get("FLASHINFER_TARGETS", "cpu"), help="comma list: sm_90,cpu")
     parser.add_argument("--name", default="*", help="glob of variant names")
-    parser.add_argument("--out", type=Path, help="folder of images (default: the package's)")
+    parser.add_argument("--out", type=Path, help="folder of images (default, in a source tree only: the package's)")
     parser.add_argument("--jobs", type=int, help="processes (default: one per CPU)")
     parser.add_argument("--nvrtc", help="version of NVRTC to use: 13.0 (default: the first found)")
     return parser

@@ -12,8 +12,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from flashinfer_core import targets
-from flashinfer_core.errors import DriverError, InvalidArgumentError
+from flashinfer_core import settings, targets
+from flashinfer_core.errors import DriverError
 
 
 @dataclass(frozen=True)
@@ -95,24 +95,21 @@ def candidates(device: str | int) -> list[str]:
     UnsupportedDeviceError for a device without kernels, InvalidArgumentError for a forced target that cannot run.
     """
     if device == "cpu":
-        variable, fitting = "FLASHINFER_CPU_TARGET", targets.cpu_candidates(cpu().machine, cpu().flags)
+        kind, fitting = "cpu", targets.cpu_candidates(cpu().machine, cpu().flags)
     else:
-        variable, fitting = "FLASHINFER_CUDA_TARGET", targets.cuda_candidates(gpu(int(device)).capability)
-    forced = os.environ.get(variable)
-    if forced and forced not in fitting:
-        raise InvalidArgumentError(
-            f"{variable}={forced} cannot run on this device", remedy=f"use one of: {', '.join(fitting)}"
-        )
-    return [forced] if forced else fitting
+        kind, fitting = "cuda", targets.cuda_candidates(gpu(int(device)).capability)
+    forced = settings.forced_target(kind)
+    if not forced:
+        return fitting
+    settings.check_target(kind, forced, fitting)
+    return [forced]
 
 
 def num_threads() -> int:
     """Return the threads for CPU kernels: FLASHINFER_NUM_THREADS, else torch's, else the CPUs this process may use."""
-    asked = os.environ.get("FLASHINFER_NUM_THREADS")
+    asked = os.environ.get(settings.NUM_THREADS)
     if asked:
-        if not asked.isdigit() or int(asked) < 1:
-            raise InvalidArgumentError(f"FLASHINFER_NUM_THREADS={asked}", remedy="use a positive number")
-        return int(asked)
+        return settings.parse_threads(asked)
     torch: Any | None = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "get_num_threads"):
         return int(torch.get_num_threads())

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Callable, Sequence
 
-from flashinfer_core import matrix
-from flashinfer_core.errors import FlashInferError, InstallationError, UnsupportedDeviceError
+from flashinfer_core import matrix, settings
+from flashinfer_core.errors import FlashInferError, InstallationError, InvalidArgumentError, UnsupportedDeviceError
 from flashinfer_core.targets import cpu_candidates, cuda_candidates
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def problems(facts: Facts, rows: Sequence[matrix.Row] | None = None) -> list[Pro
         except InstallationError as error:
             found.append(Problem("matrix", error.args[0].splitlines()[0], error.remedy))
             rows = ()
-    return [*found, *_name(facts), *_host(facts), *_packages(facts), *_torch(facts, rows), *_devices(facts)]
+    judges = (_name, _host, _packages, partial(_torch, rows=rows), _devices, _environment)
+    return [*found, *(problem for judge in judges for problem in judge(facts))]
 
 
 def notes(facts: Facts) -> list[str]:
@@ -49,6 +50,9 @@ def notes(facts: Facts) -> list[str]:
         found.append("no NVRTC: a kernel that does not ship cannot be compiled; pip install nvidia-cuda-nvrtc")
     if facts.cache and not any(why in ("", "No such file or directory") for why in facts.cache.values()):
         found.append("no cache folder is usable: kernels compiled at run time are kept in memory only")
+    strange = [name for name in facts.environment if name.startswith("FLASHINFER_") and name not in settings.KNOWN]
+    if strange:
+        found.append(f"this library reads no variable {', '.join(strange)}; docs/images.md lists those that it reads")
     return found
 
 
@@ -127,24 +131,56 @@ def _number(version: str) -> list[int]:
 
 
 def _devices(facts: Facts) -> list[Problem]:
+    """Judge each device: whether it runs any target, the one that is forced on it, and who has no image for it."""
     found: list[Problem] = []
-    fitting: dict[str, list[str]] = {}
-    choices = {"this CPU": partial(cpu_candidates, facts.cpu.machine, facts.cpu.flags)}
-    choices.update({f"GPU {gpu.ordinal} ({gpu.name})": partial(cuda_candidates, gpu.capability) for gpu in facts.gpus})
-    for label, candidates in choices.items():
+    devices: list[tuple[str, str, Callable[[], list[str]]]] = [
+        ("cpu", "this CPU", partial(cpu_candidates, facts.cpu.machine, facts.cpu.flags)),
+        *(("cuda", f"GPU {gpu.ordinal} ({gpu.name})", partial(cuda_candidates, gpu.capability)) for gpu in facts.gpus),
+    ]
+    for kind, label, candidates in devices:
+        forced = facts.environment.get(settings.FORCED_TARGETS[kind])
         try:
-            fitting[label] = candidates()
+            fitting = candidates()
+            if forced:
+                settings.check_target(kind, forced, fitting, label)
         except UnsupportedDeviceError as error:
             found.append(Problem("device", f"{label}: {_first_line(error)}", error.remedy))
-    uses_gpu = facts.torch is None or facts.torch.cuda
+        except InvalidArgumentError as error:
+            found.append(Problem("environment", _first_line(error), error.remedy))
+        else:
+            found += _images(facts, label, [forced] if forced else fitting)
+    return found
+
+
+def _images(facts: Facts, label: str, targets: Sequence[str]) -> list[Problem]:
+    on_gpu = label.startswith("GPU")
+    if on_gpu and (facts.nvrtc_path or (facts.torch and not facts.torch.cuda)):
+        return []  # compiled when needed, or never used
+    found: list[Problem] = []
     for package, images in facts.images.items():
-        for label, targets in fitting.items():
-            compiles = label.startswith("GPU") and facts.nvrtc_path
-            if (label == "this CPU" or uses_gpu) and not compiles and not any(images.get(target) for target in targets):
-                what = f"{package} has no image for {label} (any of {', '.join(targets)})"
-                remedy = f"pip install --force-reinstall {package.replace('_', '-')}, or in a source tree: "
-                remedy += f"python -m flashinfer_core.compiler {package} --target {targets[0]}"
-                found.append(Problem("images", what, remedy))
+        if not any(images.get(target) for target in targets):
+            what = f"{package} has no image for {label} (any of {', '.join(targets)})"
+            remedy = f"pip install --force-reinstall {package.replace('_', '-')}, or in a source tree: "
+            remedy += f"python -m flashinfer_core.compiler {package} --target {targets[0]}"
+            found.append(Problem("images", what, remedy))
+    return found
+
+
+def _environment(facts: Facts) -> list[Problem]:
+    """Judge what `_devices` cannot: the number of threads, and a target for GPUs where there is none."""
+    found: list[Problem] = []
+    threads = facts.environment.get(settings.NUM_THREADS)
+    forced = facts.environment.get(settings.FORCED_TARGETS["cuda"])
+    try:
+        if threads:
+            settings.parse_threads(threads)
+    except InvalidArgumentError as error:
+        found.append(Problem("environment", _first_line(error), error.remedy))
+    try:
+        if forced and not facts.gpus:
+            settings.check_target("cuda", forced)
+    except InvalidArgumentError as error:
+        found.append(Problem("environment", _first_line(error), error.remedy))
     return found
 
 

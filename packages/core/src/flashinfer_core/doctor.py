@@ -13,17 +13,16 @@ import importlib.util
 import json
 import os
 import platform
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Mapping, Sequence
 
 from flashinfer_core import cache, device, headers, nvrtc
+from flashinfer_core.console import say
 from flashinfer_core.errors import FlashInferError
 from flashinfer_core.matrix import TorchBuild, torch_build
 
 DISTRIBUTIONS = ("flashinfer-python", "flashinfer-core", "flashinfer-attention", "flashinfer-page", "flashinfer-lora")
-KERNEL_PACKAGES = ("flashinfer_attention", "flashinfer_page", "flashinfer_lora")
 _VARIABLES = ("FLASHINFER_", "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "XDG_CACHE_HOME", "CXX")
 
 
@@ -73,7 +72,7 @@ def gather() -> Facts:
         torch=torch_build(),
         versions=_versions(),
         cpu=device.cpu(),
-        images={name: _images(name) for name in KERNEL_PACKAGES if importlib.util.find_spec(name)},
+        images={name: _images(name) for name in headers.KERNEL_PACKAGES if importlib.util.find_spec(name)},
         cache={str(folder): cache.rejection(folder) for folder in cache.folders()},
         environment={name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
         **facts,
@@ -146,8 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems, notes = diagnosis.problems(facts), diagnosis.notes(facts)
     if options.json:
         content = {**dataclasses.asdict(facts), "problems": [dataclasses.asdict(p) for p in problems], "notes": notes}
-        json.dump(content, sys.stdout, indent=2, default=sorted)
-        print()
+        say(json.dumps(content, indent=2, default=sorted))
     else:
-        print(render(facts, problems, notes))
+        say(render(facts, problems, notes))
     return 1 if problems else 0

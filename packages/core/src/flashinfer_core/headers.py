@@ -16,18 +16,27 @@ from flashinfer_core.errors import CompileError, InstallationError
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 
 CORE = Path(__file__).resolve().parent
+KERNEL_PACKAGES = ("flashinfer_attention", "flashinfer_page", "flashinfer_lora")
 
 
 def package_folder(package: str) -> Path:
     """Return the folder of an import package without importing it; raise InstallationError where there is none."""
     if package == "flashinfer_core":
         return CORE
-    spec = importlib.util.find_spec(package)
+    # find_spec imports what is before a dot, so only one name is looked for.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     for location in (spec.submodule_search_locations or ()) if spec else ():
         return Path(location)
-    raise InstallationError(
-        f"the package {package!r} is not installed", remedy=f"pip install {package.replace('_', '-')}"
-    )
+    raise InstallationError(f"the package {package!r} is not installed", remedy=_how_to_install(package))
+
+
+def _how_to_install(package: str) -> str:
+    """Return pip's command for a package of ours, and the names of ours where it is none: pip knows others by it."""
+    name = package.replace("-", "_")
+    if name in KERNEL_PACKAGES:
+        asked = f", and name it {name}" if name != package else ""
+        return f"pip install -i INDEX {name.replace('_', '-')}, where the other flashinfer wheels came from{asked}"
+    return f"packages of kernels: {', '.join(KERNEL_PACKAGES)}; one of your own must be importable (PYTHONPATH)"
 
 
 def roots(kernels: Path) -> tuple[Path, ...]:

@@ -23,12 +23,11 @@ import functools
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from flashinfer_core import cache, headers
+from flashinfer_core import cache, headers, settings
 from flashinfer_core.errors import CorruptImageError, InstallationError, MissingImageError
 from flashinfer_core.targets import target_named
 from flashinfer_core.variant import Variant
@@ -163,7 +162,7 @@ def _cached_or_compiled(offered: Mapping[str, Variant], reasons: list[str]) -> I
     if image:
         _LOG.debug("%s: cached image for %s", job.name, target)
         return image
-    if os.environ.get("FLASHINFER_NO_COMPILE", "0") not in ("", "0"):
+    if settings.enabled("FLASHINFER_NO_COMPILE"):
         reasons.append("FLASHINFER_NO_COMPILE forbids compiling")
         raise _missing(offered, reasons)
     image = compiler.compile_unit(job, library)
@@ -186,6 +185,6 @@ def _missing(offered: Mapping[str, Variant], reasons: Sequence[str]) -> MissingI
 @functools.lru_cache(maxsize=None)
 def _speak_up() -> None:
     """Print debug messages of the logger, once, where FLASHINFER_VERBOSE asks for it."""
-    if os.environ.get("FLASHINFER_VERBOSE", "0") not in ("", "0"):
+    if settings.enabled("FLASHINFER_VERBOSE"):
         _LOG.addHandler(logging.StreamHandler())
         _LOG.setLevel(logging.DEBUG)

@@ -8,7 +8,7 @@ import threading
 from typing import Any, Callable, Optional, Tuple, Union, cast
 
 from flashinfer_core import device as devices
-from flashinfer_core import images
+from flashinfer_core import images, settings
 from flashinfer_core.errors import DriverError, MissingImageError
 from flashinfer_core.targets import target_named
 from flashinfer_core.variant import Variant
@@ -57,7 +57,7 @@ def load(variant_or_factory: Variant | Factory, device: Device) -> Kernel:
     none; for variants whose threads or shared memory depend on the target. Kept per process by (variant, device,
     forced target). Raises UnsupportedDeviceError, MissingImageError, CompileError, DriverError.
     """
-    forced = os.environ.get("FLASHINFER_CPU_TARGET" if device == "cpu" else "FLASHINFER_CUDA_TARGET", "")
+    forced = settings.forced_target("cpu" if device == "cpu" else "cuda")
     offered = _offered(variant_or_factory, device) if callable(variant_or_factory) else None
     first = next(iter(offered.values())) if offered else cast(Variant, variant_or_factory)
     key = (first, device, forced)
