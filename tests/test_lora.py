@@ -7,7 +7,12 @@ from typing import Optional
 import pytest
 import torch
 
-from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedOptionError
+from flashinfer_core.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    UnsupportedDeviceError,
+    UnsupportedOptionError,
+)
 from flashinfer_lora import add_lora
 
 # Half a unit in the last place of y, plus the rounding of fp32 sums.
@@ -91,8 +96,42 @@ def test_no_adapter_leaves_y_alone(device: str) -> None:
         ({"indices": torch.zeros(3, dtype=torch.int32)}, InvalidArgumentError, "indices must have shape"),
         ({"scales": torch.ones(3)}, InvalidArgumentError, "scales must have shape"),
         ({"x": torch.zeros(4, 65).half()[:, 1:]}, InvalidArgumentError, "multiples of 16 bytes"),
+        (
+            {"x": torch.zeros(4 * 64 + 1).half()[1:].view(4, 64)},
+            InvalidArgumentError,
+            r"an address 2 bytes past one\ncall \.clone\(memory_format=torch\.contiguous_format\) on it",
+        ),
+        (
+            {"y": torch.zeros(1, 32).half().expand(4, 32)},
+            InvalidArgumentError,
+            r"elements of y share memory(.|\n)*torch\.empty\(4, n, dtype=torch\.float16, device='cpu'\)",
+        ),
+        (
+            {"y": torch.zeros(4, 32)},
+            InvalidTypeError,
+            r"y must be torch\.float16, got torch\.float32\nit is written in place, so allocate it so: torch\.empty",
+        ),
+        (
+            {"x": torch.zeros(4, 64, device="meta").half()},
+            UnsupportedDeviceError,
+            "x is on meta, and there are no kernels for it",
+        ),
+        ({"x": torch.zeros(4, 64).double()}, InvalidTypeError, "x must be float16, bfloat16 or"),
     ],
-    ids=["in", "dtype", "rank", "int64", "tokens", "scales", "alignment"],
+    ids=[
+        "in",
+        "x-dtype",
+        "rank",
+        "int64",
+        "tokens",
+        "scales",
+        "stride",
+        "alignment",
+        "expanded",
+        "y-dtype",
+        "device",
+        "double",
+    ],
 )
 def test_bad_input(change: dict[str, torch.Tensor], error: type[Exception], text: str) -> None:
     arguments = {

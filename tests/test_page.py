@@ -90,6 +90,15 @@ def test_append_to_pages_of_one_token_without_their_dimension(device: str) -> No
     assert same_bits(case.before, expected)
 
 
+def test_a_token_past_the_pages_of_its_request_is_skipped(device: str) -> None:
+    case = Appended([1, 1], [1, 1], 16, torch.float16, device)
+    expected = case.before.clone()
+    expected[int(case.indices[1]), :, 0] = torch.stack([case.k[1], case.v[1]])
+    case.places = (case.places[0], torch.tensor([16, 0], dtype=torch.int32, device=device))
+    case.append(case.before)
+    assert same_bits(case.before, expected)
+
+
 def test_negative_positions_are_skipped(device: str) -> None:
     case = Appended([3, 20], [3, 40], 16, torch.float16, device)
     before = case.before.clone()

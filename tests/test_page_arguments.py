@@ -9,7 +9,7 @@ import torch
 
 import flashinfer
 from batches import HUGE
-from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError
+from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedDeviceError
 
 pytestmark = pytest.mark.usefixtures("no_launch")
 
@@ -18,7 +18,7 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def append(**changes: Any) -> None:
+def append(device: str = "cpu", **changes: Any) -> None:
     cache = torch.zeros(4, 2, 16, 2, 64)
     arguments: Dict[str, Any] = {
         "append_key": torch.zeros(3, 2, 64),
@@ -30,7 +30,9 @@ def append(**changes: Any) -> None:
         "kv_indptr": ints(0, 1, 2),
         "kv_last_page_len": ints(2, 1),
     }
-    flashinfer.append_paged_kv_cache(**{**arguments, **changes})
+    for name, value in {**arguments, **changes}.items():
+        arguments[name] = value.to(device) if device != "cpu" else value
+    flashinfer.append_paged_kv_cache(**arguments)
 
 
 BAD_APPENDS = {
@@ -41,6 +43,31 @@ BAD_APPENDS = {
     "batch-indices-short": ({"batch_indices": ints(0)}, InvalidArgumentError, "batch_indices must have shape"),
     "last-page-len": ({"kv_last_page_len": ints(2)}, InvalidArgumentError, "kv_last_page_len must have shape"),
     "layout": ({"kv_layout": "HDN"}, InvalidArgumentError, "kv_layout"),
+    "cache-expanded": (
+        {"paged_kv_cache": torch.zeros(4, 2, 1, 2, 64).expand(4, 2, 16, 2, 64)},
+        InvalidArgumentError,
+        r"elements of paged_kv_cache share memory: .*\nallocate it with torch\.empty",
+    ),
+    "values-expanded": (
+        {"paged_kv_cache": [torch.zeros(1, 16, 2, 64).expand(4, 16, 2, 64)] * 2},
+        InvalidArgumentError,
+        "elements of k_cache share memory",
+    ),
+    "cache-transposed": (
+        {"paged_kv_cache": torch.zeros(4, 2, 16, 64, 2).transpose(3, 4)},
+        InvalidArgumentError,
+        r"last dimension of paged_kv_cache .*\nallocate the cache that way",
+    ),
+    "values-dtype": (
+        {"paged_kv_cache": (torch.zeros(4, 16, 2, 64), torch.zeros(4, 16, 2, 64).half())},
+        InvalidTypeError,
+        r"v_cache must be torch.float32, .*\nallocate the cache that way",
+    ),
+    "meta": (
+        {"paged_kv_cache": torch.zeros(4, 2, 16, 2, 64, device="meta")},
+        UnsupportedDeviceError,
+        "paged_kv_cache is on meta, and there are no kernels for it",
+    ),
 }
 
 
@@ -50,18 +77,52 @@ def test_append(changes: Dict[str, Any], error: Type[Exception], text: str) -> N
         append(**changes)
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        pytest.param({"kv_indices": ints(2, HUGE)}, f"page {HUGE} for position 0 of request 1", id="page"),
-        pytest.param({"batch_indices": ints(0, 0, 2)}, "names request 2 of 2", id="request"),
-        pytest.param({"positions": ints(0, 16, 0)}, "request 0 has no page for its position 16", id="position"),
-    ],
-)
-def test_append_checks_targets_when_asked(changes: Dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASHINFER_CHECK", "1")
+BAD_TARGETS = {
+    "page": ({"kv_indices": ints(2, HUGE)}, f"page {HUGE} for position 0 of request 1, but the cache has 4 pages"),
+    "first-page-outside": ({"kv_indices": ints(4, 0)}, "page 4 for position 0 of request 0"),
+    "negative-page": ({"kv_indices": ints(2, -1)}, "page -1 for position 0 of request 1"),
+    "request": ({"batch_indices": ints(0, 0, 2)}, r"batch_indices\[2\] names request 2 of 2"),
+    "negative-request": ({"batch_indices": ints(0, -1, 1)}, r"batch_indices\[1\] names request -1 of 2"),
+    "entry": (
+        {"kv_indptr": ints(0, 1, 9), "positions": ints(0, 1, 20)},
+        "request 1 at entry 2 of kv_indices, which has 2",
+    ),
+    "negative-entry": ({"kv_indptr": ints(-3, 1, 2)}, "request 0 at entry -3 of kv_indices"),
+}
+
+
+@pytest.mark.parametrize(("changes", "text"), BAD_TARGETS.values(), ids=BAD_TARGETS)
+def test_append_refuses_targets_outside_of_the_cache(changes: Dict[str, Any], text: str) -> None:
     with pytest.raises(InvalidArgumentError, match=text):
         append(**changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("changes", "text"), BAD_TARGETS.values(), ids=BAD_TARGETS)
+def test_append_refuses_targets_on_a_gpu_when_asked(
+    changes: Dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHINFER_CHECK", "1")
+    with pytest.raises(InvalidArgumentError, match=text):
+        append(device="cuda", **changes)
+
+
+def test_a_token_without_a_page_is_an_error_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHINFER_CHECK", "1")
+    with pytest.raises(InvalidArgumentError, match="request 0 has no page for its position 16"):
+        append(positions=ints(0, 16, 0))
+
+
+def test_lengths_beyond_int32() -> None:
+    with pytest.raises(InvalidArgumentError, match="request 1 has 2147483650 tokens, more than int32 holds"):
+        flashinfer.get_seq_lens(ints(0, 1, 1 + 2**21), ints(5, 1026), 1024)
+    assert flashinfer.get_seq_lens(ints(0, 1, 1 + 2**21), ints(5, 1023), 1024).tolist() == [5, 2**31 - 1]
+
+
+@pytest.mark.gpu
+def test_lengths_beyond_int32_saturate_on_a_gpu() -> None:
+    lengths = flashinfer.get_seq_lens(ints(0, 1, 1 + 2**21).cuda(), ints(5, 1026).cuda(), 1024)
+    assert lengths.tolist() == [5, 2**31 - 1]
 
 
 def test_tables() -> None:

@@ -4,8 +4,9 @@
 #include "bindings.h"
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Driver, CPU executor and planner of flashinfer_core; private, its typed front is Python.";
+  m.doc() = "Driver, CPU executor, planner, page tables: the C++ of flashinfer_core, whose typed front is Python.";
   flashinfer::host::bind_planner(m);
   flashinfer::host::bind_cpu(m);
   flashinfer::host::bind_cuda(m);
+  flashinfer::host::bind_page_table(m);
 }

@@ -196,23 +196,3 @@ def refuse_capture(device: torch.device) -> None:
             "planning cannot be captured in a CUDA graph",
             remedy="plan before the capture; forward() plans too where it changes the mask",
         )
-
-
-def check_page_table(
-    page_table: torch.Tensor, kv_indptr: torch.Tensor, kv_len: torch.Tensor, page_size: int, pages: int
-) -> None:
-    """Raise InvalidArgumentError that names request and page where a used entry is not in [0, pages).
-
-    `kv_indptr` int32 [B + 1] and `kv_len` int32 [B] lie on the host. Reads the whole table, so it waits for the device.
-    """
-    table = page_table.cpu()
-    for request, length in enumerate(kv_len.tolist()):
-        start = int(kv_indptr[request])
-        used = table[start : start + -(-length // page_size)]
-        outside = ((used < 0) | (used >= pages)).nonzero()
-        if outside.numel():
-            entry = int(outside[0])
-            raise InvalidArgumentError(
-                f"page_table names page {int(used[entry])} as page {entry} of request {request}, "
-                f"but the cache has {pages} pages"
-            )

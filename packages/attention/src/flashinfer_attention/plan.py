@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Optional, Tuple, Union
 
 import torch
 
-from flashinfer_attention.checks import Problem, check_page_table, is_capturing, make_problem, refuse_capture
+from flashinfer_attention.checks import Problem, is_capturing, make_problem, refuse_capture
 from flashinfer_attention.launch import (
     Kernels,
     Partial,
@@ -25,7 +25,8 @@ from flashinfer_attention.workspace import Frozen, Workspace
 from flashinfer_core import planner
 from flashinfer_core.errors import InvalidArgumentError
 from flashinfer_core.kernel import Kernel
-from flashinfer_core.tensors import KeyValue, check_tensor, checks_tables
+from flashinfer_core.page_table import check_pages, is_checked
+from flashinfer_core.tensors import KeyValue, check_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,16 @@ class Plan:
                 f"page_table must have at least {self.lengths.entries} entries, got {page_table.shape[0]}"
             )
         if self.checks_pages and not is_capturing(self.problem.device):
-            check_page_table(page_table, self.lengths.kv_indptr, self.lengths.kv_len, self.page_size, kv.pages)
+            lengths = self.lengths
+            check_pages(
+                page_table,
+                lengths.queries.indptr,
+                lengths.kv_indptr,
+                lengths.kv_len,
+                page_size=self.page_size,
+                pages=kv.pages,
+                window_left=self.problem.window_left,
+            )
 
     def check_current(self, rows: int, page_table: Optional[torch.Tensor]) -> None:
         """Raise where q is too short or a newer plan replaced this one; while a graph captures, note what it holds."""
@@ -176,7 +186,7 @@ def plan_lengths(
         kernels=kernels,
         workspace=workspace,
         lengths=lengths,
-        checks_pages=checks_tables(),
+        checks_pages=is_checked(problem.device),
         # What a captured graph does is decided on the device: another plan may bring tokens, and as many merges as
         # there are cuts between workers.
         is_empty=lengths.queries.tokens == 0 and not workspace.fixed,

@@ -54,3 +54,26 @@ def uniform_plan(
     num_workers: int,
     max_partial_rows: int,
 ) -> tuple[int, int, int, int, int]: ...
+def bad_page(
+    pages: int,
+    entries: int,
+    indptr: int,
+    requests: int,
+    page_size: int,
+    num_pages: int,
+    q_indptr: int,
+    kv_len: int,
+    window_left: int,
+) -> tuple[int, int, int] | None: ...
+def bad_append(
+    pages: int,
+    entries: int,
+    indptr: int,
+    requests: int,
+    page_size: int,
+    num_pages: int,
+    batch_indices: int,
+    positions: int,
+    tokens: int,
+    strict: bool,
+) -> tuple[str, int, int, int, int] | None: ...

@@ -6,17 +6,18 @@ Checks are O(1) in the data and read nothing from a device. Only operator packag
 from __future__ import annotations
 
 import operator
-import os
 from typing import Any, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 
+from flashinfer_core import settings
 from flashinfer_core.errors import InvalidArgumentError, InvalidLayoutError, InvalidTypeError
 
 PagedCache = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]
 Strides = Tuple[int, int, int]
 
 LAYOUTS = ("NHD", "HND")
+_ALLOCATE = "allocate the cache that way; appending to a converted copy of it would be lost"
 
 
 class KeyValue(NamedTuple):
@@ -91,14 +92,9 @@ def check_readable(name: str, tensor: torch.Tensor) -> None:
         raise InvalidArgumentError(f"{name} must be on a CPU or a CUDA device, got {tensor.device}")
 
 
-def checks_tables() -> bool:
-    """Say whether FLASHINFER_CHECK=1 asks for page tables to be read before each launch."""
-    return os.environ.get("FLASHINFER_CHECK", "0") not in ("", "0")
-
-
 def lacks_bfloat16(device: torch.device) -> bool:
     """Say whether the kernels for a CUDA device, or those that FLASHINFER_CUDA_TARGET forces, have no bfloat16."""
-    if os.environ.get("FLASHINFER_CUDA_TARGET", "").endswith("_75"):
+    if settings.forced_target("cuda").endswith("_75"):
         return True
     return torch.cuda.get_device_capability(device) < (8, 0)
 
@@ -182,7 +178,7 @@ def _combined(cache: torch.Tensor) -> Tuple[int, Tuple[int, ...], Tuple[int, ...
             "a combined paged_kv_cache must have shape [pages, 2, page_size, kv_heads, head_dim] "
             f"(HND: [pages, 2, kv_heads, page_size, head_dim]), got {shape}"
         )
-    check_tensor("paged_kv_cache", cache, shape)
+    check_tensor("paged_kv_cache", cache, shape, remedy=_ALLOCATE)
     return cache.data_ptr(), shape[:1] + shape[2:], strides[:1] + strides[2:], strides[1] * cache.element_size()
 
 
@@ -193,8 +189,8 @@ def _separate(k: torch.Tensor, v: torch.Tensor) -> Tuple[Tuple[int, ...], Tuple[
             "k_cache must have shape [pages, page_size, kv_heads, head_dim] "
             f"(HND: [pages, kv_heads, page_size, head_dim]), got {got}"
         )
-    check_tensor("k_cache", k, k.shape)
-    check_tensor("v_cache", v, k.shape, k.dtype, k.device)
+    check_tensor("k_cache", k, k.shape, remedy=_ALLOCATE)
+    check_tensor("v_cache", v, k.shape, k.dtype, k.device, remedy=_ALLOCATE)
     strides = k.stride()
     if v.stride() != strides and k.numel() > 0:
         raise InvalidArgumentError(

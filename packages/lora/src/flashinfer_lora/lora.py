@@ -9,6 +9,7 @@ import torch
 
 from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedOptionError
 from flashinfer_core.kernel import load
+from flashinfer_core.outputs import check_output, check_runs
 from flashinfer_core.params import structure
 from flashinfer_core.tensors import check_int32, check_tensor, lacks_bfloat16
 from flashinfer_lora.variants import CPU_DTYPES, CUDA_DTYPES, choose
@@ -38,9 +39,9 @@ def add_lora(
         indices: [tokens], int32: the adapter of each token; -1, or any other number that names none, adds nothing.
         scales: [adapters], fp32: multiplies each adapter's update; None means 1.
 
-    Raises InvalidArgumentError (shape, device, alignment), InvalidTypeError (dtype), UnsupportedOptionError (a dtype
-    that the device lacks). Source: LoRA, Hu et al., 2021, arXiv:2106.09685; many adapters in one batch: Punica, Chen
-    et al., 2023, arXiv:2310.18547.
+    Raises InvalidArgumentError (shape, device, alignment, overlapping y), InvalidTypeError (dtype),
+    UnsupportedOptionError (a dtype that the device lacks), UnsupportedDeviceError. Source: LoRA, Hu et al., 2021,
+    arXiv:2106.09685; many adapters in one batch: Punica, Chen et al., 2023, arXiv:2310.18547.
     """
     _check_add_lora(y, x, a, b, indices, scales)
     tokens, adapters = x.shape[0], a.shape[0]
@@ -84,8 +85,10 @@ def _check_add_lora(
     scales: Optional[torch.Tensor],
 ) -> None:
     check_tensor("x", x, (None, None))
+    check_runs("x", x.device)
+    _check_dtype(x)
     tokens, in_features = x.shape
-    check_tensor("y", y, (tokens, None), x.dtype, x.device)
+    check_output("y", y, (tokens, None), x.dtype, x.device)
     check_tensor("a", a, (None, None, in_features), x.dtype, x.device)
     adapters, rank, _ = a.shape
     check_tensor("b", b, (adapters, y.shape[1], rank), x.dtype, x.device)
@@ -93,13 +96,6 @@ def _check_add_lora(
     check_tensor("indices", indices, (tokens,), device=x.device)
     if scales is not None:
         check_tensor("scales", scales, (adapters,), torch.float32, x.device)
-    if x.dtype not in _ELEMENTS:
-        raise InvalidTypeError(f"x must be float16, bfloat16 or (on CPUs) float32, got {x.dtype}")
-    supported = CPU_DTYPES if x.device.type == "cpu" else CUDA_DTYPES
-    if _ELEMENTS[x.dtype] not in supported:
-        raise UnsupportedOptionError("x.dtype", x.dtype, f"{', '.join(supported)} on {x.device.type}")
-    if x.dtype == torch.bfloat16 and x.device.type == "cuda" and lacks_bfloat16(x.device):
-        raise UnsupportedOptionError("x.dtype", x.dtype, "float16 on GPUs older than sm_80, which lack bfloat16")
     if not 1 <= rank <= MAX_RANK:
         raise InvalidArgumentError(f"the rank of a must be 1 to {MAX_RANK}, got {rank}")
     if in_features % 8 or in_features == 0:
@@ -107,6 +103,17 @@ def _check_add_lora(
     for name, tensor in (("x", x), ("a", a)):
         if tensor.data_ptr() % 16 or any(stride * tensor.element_size() % 16 for stride in tensor.stride()[:-1]):
             raise InvalidArgumentError(
-                f"rows of {name} must start at multiples of 16 bytes, got strides {tensor.stride()}",
-                remedy="call .contiguous() on it",
+                f"rows of {name} must start at multiples of 16 bytes, got strides {tensor.stride()} "
+                f"and an address {tensor.data_ptr() % 16} bytes past one",
+                remedy="call .clone(memory_format=torch.contiguous_format) on it",
             )
+
+
+def _check_dtype(x: torch.Tensor) -> None:
+    if x.dtype not in _ELEMENTS:
+        raise InvalidTypeError(f"x must be float16, bfloat16 or (on CPUs) float32, got {x.dtype}")
+    supported = CPU_DTYPES if x.device.type == "cpu" else CUDA_DTYPES
+    if _ELEMENTS[x.dtype] not in supported:
+        raise UnsupportedOptionError("x.dtype", x.dtype, f"{', '.join(supported)} on {x.device.type}")
+    if x.dtype == torch.bfloat16 and x.device.type == "cuda" and lacks_bfloat16(x.device):
+        raise UnsupportedOptionError("x.dtype", x.dtype, "float16 on GPUs older than sm_80, which lack bfloat16")

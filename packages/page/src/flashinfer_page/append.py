@@ -8,15 +8,13 @@ from typing import Any, Tuple, Type
 
 import torch
 
-from flashinfer_core.errors import (
-    InvalidArgumentError,
-    InvalidTypeError,
-    UnsupportedDeviceError,
-    UnsupportedOptionError,
-)
+from flashinfer_core import settings
+from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedOptionError
 from flashinfer_core.kernel import load
+from flashinfer_core.outputs import check_apart, check_runs
+from flashinfer_core.page_table import check_targets, is_checked
 from flashinfer_core.params import structure
-from flashinfer_core.tensors import KeyValue, PagedCache, check_int32, check_tensor, checks_tables, paged_key_value
+from flashinfer_core.tensors import KeyValue, PagedCache, check_int32, check_tensor, paged_key_value
 from flashinfer_page.variants import PACKAGE, choose
 
 # Waking threads costs more than copying this much.
@@ -42,15 +40,24 @@ def append_paged_kv_cache(
     [pages, page_size, num_kv_heads, head_dim] (HND: [pages, num_kv_heads, page_size, head_dim]), or one tensor with
     keys and values along dimension 1. kv_indices: int32 [entries], pages of all requests; kv_indptr: int32 [B + 1],
     into kv_indices; kv_last_page_len: int32 [B], after the append (not read: positions say where tokens go). A token
-    past its request's last page is skipped. Everything on one device; asynchronous on a GPU. With FLASHINFER_CHECK=1
-    every target is checked first, which waits for the device.
+    past its request's last page is skipped. Everything on one device; asynchronous on a GPU. Targets outside of the
+    cache are refused on a CPU; with FLASHINFER_CHECK=1 also on a GPU, which waits for it, and so are skipped tokens.
     Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError, UnsupportedDeviceError.
     """
     cache = paged_key_value(paged_kv_cache, kv_layout)
     _check(append_key, append_value, batch_indices, positions, cache, kv_indices, kv_indptr, kv_last_page_len)
+    _check_writable(paged_kv_cache)
     tokens = append_key.shape[0]
-    if checks_tables():
-        _check_targets(batch_indices, positions, kv_indices, kv_indptr, cache)
+    if is_checked(cache.device):
+        check_targets(
+            batch_indices,
+            positions,
+            kv_indices,
+            kv_indptr,
+            page_size=cache.page_size,
+            pages=cache.pages,
+            strict=settings.enabled("FLASHINFER_CHECK"),
+        )
     if tokens == 0 or cache.heads == 0 or cache.head_dim == 0:
         return
     size = append_key.element_size()
@@ -107,6 +114,14 @@ def _common_divisor(values: Tuple[int, ...]) -> int:
     return divisor
 
 
+def _check_writable(cache: PagedCache) -> None:
+    if isinstance(cache, torch.Tensor):
+        check_apart("paged_kv_cache", cache)
+    else:
+        check_apart("k_cache", cache[0])
+        check_apart("v_cache", cache[1])
+
+
 def _check(
     append_key: torch.Tensor,
     append_value: torch.Tensor,
@@ -117,8 +132,7 @@ def _check(
     kv_indptr: torch.Tensor,
     kv_last_page_len: torch.Tensor,
 ) -> None:
-    if cache.device.type not in ("cpu", "cuda"):
-        raise UnsupportedDeviceError(f"there are no kernels for {cache.device}", remedy="use a CPU or a CUDA device")
+    check_runs("paged_kv_cache", cache.device)
     shape = (None, cache.heads, cache.head_dim)
     check_tensor("append_key", append_key, shape, device=cache.device)
     check_tensor("append_value", append_value, append_key.shape, append_key.dtype, cache.device)
@@ -134,31 +148,3 @@ def _check(
         check_int32(name, tensor, size)
         if tensor.device != cache.device:
             raise InvalidArgumentError(f"{name} must be on {cache.device}, got {tensor.device}")
-
-
-def _check_targets(
-    batch_indices: torch.Tensor,
-    positions: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    cache: KeyValue,
-) -> None:
-    """Raise for the first token that has no request, no page, or a page outside the cache."""
-    indptr, table = kv_indptr.tolist(), kv_indices.tolist()
-    for token, (request, position) in enumerate(zip(batch_indices.tolist(), positions.tolist())):
-        if position < 0:
-            continue
-        if not 0 <= request < len(indptr) - 1:
-            raise InvalidArgumentError(f"batch_indices[{token}] names request {request} of {len(indptr) - 1}")
-        entry = indptr[request] + position // cache.page_size
-        if entry >= indptr[request + 1]:
-            raise InvalidArgumentError(f"token {token}: request {request} has no page for its position {position}")
-        if not 0 <= entry < len(table):
-            raise InvalidArgumentError(
-                f"kv_indptr points request {request} at entry {entry} of kv_indices, which has {len(table)}"
-            )
-        if not 0 <= table[entry] < cache.pages:
-            raise InvalidArgumentError(
-                f"kv_indices names page {table[entry]} for position {position} of request {request}, "
-                f"but the cache has {cache.pages} pages"
-            )

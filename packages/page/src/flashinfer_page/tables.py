@@ -9,18 +9,25 @@ import torch
 from flashinfer_core.errors import InvalidArgumentError
 from flashinfer_core.tensors import check_int32, check_integer, check_tensor
 
+_INT32_MAX = 2**31 - 1
+
 
 def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
     """Return the tokens that each request has in the cache: int32 [B], on the device of kv_indptr.
 
     kv_indptr: int32 [B + 1], into the page indices. kv_last_page_len: int32 [B], tokens of the last page; 0 for a
-    request without pages. page_size: tokens of a page. Raises InvalidArgumentError, InvalidTypeError.
+    request without pages. page_size: tokens of a page. A length beyond int32 raises InvalidArgumentError on a CPU; on
+    a GPU, where looking would wait, it is 2^31 - 1. Raises InvalidArgumentError, InvalidTypeError.
     """
     _check_lengths("kv_indptr", kv_indptr, "kv_last_page_len", kv_last_page_len)
-    if not 1 <= check_integer("page_size", page_size) < 2**31:
+    if not 1 <= check_integer("page_size", page_size) <= _INT32_MAX:
         raise InvalidArgumentError(f"page_size must be at least 1 and fit int32, got {page_size}")
-    pages = kv_indptr[1:] - kv_indptr[:-1]
-    return (pages - 1).clamp(min=0) * page_size + kv_last_page_len
+    full_pages = (kv_indptr[1:] - kv_indptr[:-1] - 1).clamp(min=0)
+    lengths = full_pages.long() * page_size + kv_last_page_len
+    if lengths.device.type == "cpu" and bool((lengths > _INT32_MAX).any()):
+        request = int(lengths.argmax())
+        raise InvalidArgumentError(f"request {request} has {int(lengths[request])} tokens, more than int32 holds")
+    return lengths.clamp(max=_INT32_MAX).int()
 
 
 def get_batch_indices_positions(
