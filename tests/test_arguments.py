@@ -59,6 +59,11 @@ BAD_PLANS = {
     "heads-that-do-not-divide": ({"num_qo_heads": 5}, InvalidArgumentError, "num_qo_heads.*5 and 2"),
     "no-kv-heads": ({"num_kv_heads": 0}, InvalidArgumentError, "num_kv_heads"),
     "q-indptr-decreases": ({"qo_indptr": ints(0, 4, 3)}, InvalidArgumentError, "q_indptr must not decrease"),
+    "q-indptr-from-1": (
+        {"qo_indptr": ints(1, 3, 4)},
+        InvalidArgumentError,
+        r"q_indptr\[0\] must be 0, got 1: the rows of q before it would belong to no request",
+    ),
     "q-indptr-int64": ({"qo_indptr": torch.tensor([0, 3, 4])}, InvalidTypeError, "q_indptr must be torch.int32"),
     "q-indptr-empty": ({"qo_indptr": ints()}, InvalidArgumentError, "q_indptr"),
     "q-indptr-too-long": ({"qo_indptr": ints(0, 3, 4, 4)}, InvalidArgumentError, "kv_indptr.*shape"),
@@ -208,7 +213,23 @@ BAD_RUNS: Dict[str, Tuple[Change, Type[Exception], str]] = {
     ),
     "cache-shapes": (spoil("cache", lambda c: (c[:, 0], c[1:, 1])), InvalidArgumentError, "v_cache must have shape"),
     "out-shape": (spoil("out", lambda o: o[:3]), InvalidArgumentError, "out must have shape"),
-    "out-dtype": (spoil("out", torch.Tensor.float), InvalidTypeError, "out must be torch.float16"),
+    "out-dtype": (
+        spoil("out", torch.Tensor.float),
+        InvalidTypeError,
+        r"out must be torch.float16(.|\n)*so allocate it so: torch\.empty\(4, 4, 64, dtype=torch\.float16, device=",
+    ),
+    "out-expanded": (spoil("out", lambda o: o[:1].expand(4, 4, 64)), InvalidArgumentError, "elements of out share"),
+    "out-overlapping": (
+        spoil("out", lambda o: o.flatten().as_strided((4, 4, 64), (128, 32, 1))),
+        InvalidArgumentError,
+        "elements of out share memory",
+    ),
+    "out-last-stride": (
+        spoil("out", lambda o: o.transpose(1, 2).contiguous().transpose(1, 2)),
+        InvalidArgumentError,
+        "last dimension of out must be contiguous(.|\n)*torch.empty",
+    ),
+    "lse-expanded": (spoil("lse", lambda lse: lse[:1].expand(4, 4)), InvalidArgumentError, "lse must be contiguous"),
     "lse-shape": (spoil("lse", lambda lse: lse[:, :2]), InvalidArgumentError, "lse must have shape"),
     "lse-dtype": (spoil("lse", torch.Tensor.double), InvalidTypeError, "lse must be torch.float32"),
     "lse-strides": (
@@ -341,13 +362,14 @@ def test_single() -> None:
 
 
 @pytest.mark.parametrize("page", [HUGE, -1, 8])
-def test_page_tables_are_checked_when_asked(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASHINFER_CHECK", "1")
-    b = batch()
+def test_page_tables_are_checked_on_a_gpu_when_asked(page: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda":
+        monkeypatch.setenv("FLASHINFER_CHECK", "1")
+    b = batch(device)
     b.indices[4] = page
     assert b.cache.shape[0] == 8
     with pytest.raises(InvalidArgumentError, match=f"page {page} as page 1 of request 1.*8 pages"):
-        prefill_plan(paged_kv_indices=b.indices).run(b.q, b.cache)
+        prefill_plan(device, paged_kv_indices=b.indices).run(b.q, b.cache)
 
 
 @pytest.mark.gpu

@@ -60,6 +60,10 @@ void check_lengths(const PlanShape& shape, const PlanLengths& lengths) {
   }
   if (lengths.num_requests == 0) return;
   check_indptr("q_indptr", lengths.q_indptr, lengths.num_requests);
+  if (lengths.q_indptr[0] != 0) {
+    invalid("q_indptr[0] must be 0, got " + std::to_string(lengths.q_indptr[0]) +
+            ": the rows of q before it would belong to no request");
+  }
   check_indptr("kv_indptr", lengths.kv_indptr, lengths.num_requests);
   for (int32_t i = 0; i < lengths.num_requests; ++i) {
     if (lengths.kv_len[i] < 0) {

@@ -9,6 +9,7 @@ import torch
 
 from flashinfer_attention.support import KV_ELEMENTS, Asked, refusals
 from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedDeviceError
+from flashinfer_core.outputs import check_output
 from flashinfer_core.tensors import KeyValue, check_integer, check_tensor, lacks_bfloat16
 
 
@@ -147,35 +148,8 @@ def check_outputs(problem: Problem, tokens: int, out: Optional[torch.Tensor], ls
     if out is not None:
         check_output("out", out, (tokens, problem.num_qo_heads, problem.head_dim_vo), problem.dtype, problem.device)
     if lse is not None:
-        check_output("lse", lse, (tokens, problem.num_qo_heads), torch.float32, problem.device)
-        if not lse.is_contiguous():
-            raise InvalidArgumentError(f"lse must be contiguous, got strides {lse.stride()}")
-
-
-def check_output(
-    name: str, tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> None:
-    """Raise unless `tensor` can be written: as `check_tensor`, and every element has memory of its own.
-
-    No remedy names a conversion: that would make a copy, and what is written there would be lost.
-    """
-    remedy = f"allocate it as torch.empty({tuple(shape)}, dtype={dtype}, device='{device}'), or pass None"
-    check_tensor(name, tensor, shape, dtype, device, remedy=remedy)
-    if overlaps(tensor):
-        raise InvalidArgumentError(
-            f"elements of {name} share memory: shape {tuple(tensor.shape)}, strides {tensor.stride()}", remedy=remedy
-        )
-
-
-def overlaps(tensor: torch.Tensor) -> bool:
-    """Say whether a stride is too small for the elements below it, as expanded tensors have them."""
-    needed = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size > 1:
-            if stride < needed:
-                return tensor.numel() > 0
-            needed = stride * (size - 1) + needed
-    return False
+        shape = (tokens, problem.num_qo_heads)
+        check_output("lse", lse, shape, torch.float32, problem.device, contiguous=True)
 
 
 def check_mask_bits(mask: Optional[torch.Tensor], bits: int) -> None:
