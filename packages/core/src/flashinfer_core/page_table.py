@@ -1,7 +1,8 @@
 """Page tables, read before a kernel trusts them: a wrong entry would be an address outside the cache.
 
-One pass in C++ over the entries that will be used, which on a CPU costs less than a thousandth of the attention behind
-it, so there it is always done. On a GPU it would wait for the device, so there FLASHINFER_CHECK=1 asks for it.
+One pass in C++ over the entries that will be used, which on a CPU takes 0.1 % (pages of 16 tokens) to 0.4 % (of 1) of
+the decode step behind it, so there it is always done. On a GPU it would wait for the device, so there
+FLASHINFER_CHECK=1 asks for it.
 """
 
 from __future__ import annotations
