@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Optional, Tuple, Type, Union
 
 import torch
 
-from flashinfer_attention.checks import check_output
 from flashinfer_attention.compat import LOG2_E
 from flashinfer_attention.launch import stream_of
 from flashinfer_attention.support import ELEMENTS
@@ -24,6 +23,7 @@ from flashinfer_core.errors import (
     UnsupportedOptionError,
 )
 from flashinfer_core.kernel import Kernel, load
+from flashinfer_core.outputs import check_output
 from flashinfer_core.params import structure
 from flashinfer_core.tensors import check_int32, check_tensor, lacks_bfloat16
 
