@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import flashinfer
+import flashinfer.cascade
 import flashinfer.decode
 import flashinfer.page
 import flashinfer.prefill
@@ -77,6 +78,36 @@ SIGNATURES = {
     "BatchPrefillWithRaggedKVCacheWrapper.forward": (
         f"self, q, k, v, causal=False, pos_encoding_mode='NONE', use_fp16_qk_reduction=False, {OLD}"
     ),
+    "merge_state": "v_a, s_a, v_b, s_b",
+    "merge_state_in_place": "v, s, v_other, s_other, mask=None",
+    "merge_states": "v, s",
+    "MultiLevelCascadeAttentionWrapper": (
+        "num_levels, float_workspace_buffer, kv_layout='NHD', use_cuda_graph=False, qo_indptr_buf_arr=None, "
+        "paged_kv_indptr_buf_arr=None, paged_kv_indices_buf_arr=None, paged_kv_last_page_len_buf_arr=None"
+    ),
+    "MultiLevelCascadeAttentionWrapper.reset_workspace_buffer": "self, float_workspace_buffer, int_workspace_buffers",
+    "MultiLevelCascadeAttentionWrapper.plan": (
+        "self, qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len, num_qo_heads, "
+        "num_kv_heads, head_dim, page_size, causal=False, pos_encoding_mode='NONE', use_fp16_qk_reduction=False, "
+        "sm_scale=None, window_left=-1, logits_soft_cap=None, rope_scale=None, rope_theta=None, q_data_type='float16'"
+    ),
+    "MultiLevelCascadeAttentionWrapper.run": "self, q, paged_kv_cache",
+    "MultiLevelCascadeAttentionWrapper.forward": "self, q, paged_kv_cache",
+    "BatchDecodeWithSharedPrefixPagedKVCacheWrapper": "float_workspace_buffer, kv_layout='NHD'",
+    "BatchDecodeWithSharedPrefixPagedKVCacheWrapper.begin_forward": (
+        "self, unique_kv_indptr, unique_kv_indices, unique_kv_last_page_len, num_qo_heads, num_kv_heads, head_dim, "
+        "page_size, data_type='float16'"
+    ),
+    "BatchDecodeWithSharedPrefixPagedKVCacheWrapper.forward": "self, q, k_shared, v_shared, unique_kv_cache",
+    "BatchPrefillWithSharedPrefixPagedKVCacheWrapper": "float_workspace_buffer, kv_layout='NHD'",
+    "BatchPrefillWithSharedPrefixPagedKVCacheWrapper.begin_forward": (
+        "self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads, "
+        "head_dim, page_size"
+    ),
+    "BatchPrefillWithSharedPrefixPagedKVCacheWrapper.forward": (
+        "self, q, k_shared, v_shared, unique_kv_cache, causal=False, use_fp16_qk_reduction=False, sm_scale=None, "
+        "rope_scale=None, rope_theta=None"
+    ),
     "append_paged_kv_cache": (
         "append_key, append_value, batch_indices, positions, paged_kv_cache, kv_indices, kv_indptr, kv_last_page_len, "
         "kv_layout='NHD'"
@@ -84,7 +115,8 @@ SIGNATURES = {
     "get_seq_lens": "kv_indptr, kv_last_page_len, page_size",
     "get_batch_indices_positions": "append_indptr, seq_lens, nnz",
 }
-WRAPPERS = [name for name in SIGNATURES if name.endswith("Wrapper")]
+CASCADE_WRAPPERS = list(filter(lambda name: name.endswith("Wrapper"), vars(flashinfer.cascade)))
+WRAPPERS = [name for name in SIGNATURES if name.endswith("Wrapper") and name not in CASCADE_WRAPPERS]
 
 
 def named(name: str) -> Any:
@@ -112,13 +144,23 @@ def test_aliases(name: str) -> None:
     assert spelled(wrapper.end_forward) == "self"
 
 
+def test_aliases_of_cascade() -> None:
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper
+    assert wrapper.begin_forward is wrapper.plan
+    assert wrapper.forward is wrapper.run
+    for name in CASCADE_WRAPPERS:
+        if name != "MultiLevelCascadeAttentionWrapper":
+            assert spelled(named(name).reset_workspace_buffer) == "self, float_workspace_buffer, int_workspace_buffer"
+            assert spelled(named(name).end_forward) == "self"
+
+
 def test_the_partial_that_returns_lse() -> None:
     partial = flashinfer.single_prefill_with_kv_cache_return_lse
     assert partial.func is flashinfer.single_prefill_with_kv_cache
     assert partial.keywords == {"return_lse": True}
 
 
-@pytest.mark.parametrize("module", ["decode", "prefill", "page"])
+@pytest.mark.parametrize("module", ["cascade", "decode", "prefill", "page"])
 def test_submodules_hold_what_the_top_level_does(module: str) -> None:
     names = named(module).__all__
     assert names

@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Any, List
 from flashinfer_core.version import __version__
 
 if TYPE_CHECKING:
+    from flashinfer.cascade import (
+        BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
+        BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
+        MultiLevelCascadeAttentionWrapper,
+        merge_state,
+        merge_state_in_place,
+        merge_states,
+    )
     from flashinfer.decode import (
         BatchDecodeWithPagedKVCacheWrapper,
         CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
@@ -26,19 +34,25 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
+    "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
     "BatchPrefillWithPagedKVCacheWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
+    "BatchPrefillWithSharedPrefixPagedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "MultiLevelCascadeAttentionWrapper",
     "__version__",
     "append_paged_kv_cache",
     "get_batch_indices_positions",
     "get_seq_lens",
+    "merge_state",
+    "merge_state_in_place",
+    "merge_states",
     "single_decode_with_kv_cache",
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
 ]
 
-_MODULES = ("decode", "page", "prefill")
+_MODULES = ("cascade", "decode", "page", "prefill")
 
 
 def __getattr__(name: str) -> Any:
