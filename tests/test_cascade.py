@@ -89,9 +89,7 @@ def test_planning_again_and_other_workspaces(device: str) -> None:
     cascade.reset_workspace_buffer(torch.empty(1 << 18, dtype=torch.uint8, device=device), room)
     with pytest.raises(InvalidArgumentError, match="no plan yet"):
         cascade.run(tree.q, tree.cache)
-    cascade.begin_forward(
-        *(list(table) for table in zip(*tree.levels())), tree.heads, tree.kv_heads, tree.dim, tree.page_size
-    )
+    plan(tree, cascade)
     tree.check(cascade.run(tree.q, tree.cache))
 
 
@@ -189,10 +187,12 @@ def test_what_is_refused() -> None:
         wrapper(tree, 0)
     with pytest.raises(InvalidArgumentError, match="qo_indptr_arr must have an element for each of 3 levels, got 2"):
         plan(tree, wrapper(tree, 3))
-    levels: Any = [list(table) for table in zip(*tree.levels())]
+    levels = [list(table) for table in zip(*tree.levels())]
     levels[0][0] = levels[0][0] + torch.tensor([0, 1], dtype=torch.int32)
     with pytest.raises(InvalidArgumentError, match=r"every level must cover the same rows of q.*\[4, 3\]"):
-        cascade.plan(*levels, tree.heads, tree.kv_heads, tree.dim, tree.page_size)
+        cascade.begin_forward(
+            levels[0], levels[1], levels[2], levels[3], tree.heads, tree.kv_heads, tree.dim, tree.page_size
+        )
     with pytest.raises(InvalidArgumentError, match="needs qo_indptr_buf_arr"):
         flashinfer.MultiLevelCascadeAttentionWrapper(2, torch.empty(9, dtype=torch.uint8), use_cuda_graph=True)
     prefill = flashinfer.BatchPrefillWithSharedPrefixPagedKVCacheWrapper(torch.empty(9, dtype=torch.uint8))

@@ -77,8 +77,10 @@ class Tree:
                 runs[-1] = (node, runs[-1][1] + q_len)
             else:
                 runs.append((node, q_len))
-        tables = [self.indices[self.indptr[node] : self.indptr[node + 1]] if node >= 0 else [] for node, _ in runs]
-        flat = [int(page) for table in tables for page in table]
+        tables: List[List[int]] = [
+            self.indices[self.indptr[node] : self.indptr[node + 1]].tolist() if node >= 0 else [] for node, _ in runs
+        ]
+        flat = [page for table in tables for page in table]
         return (
             indptr_of([q_len for _, q_len in runs]),
             indptr_of([len(table) for table in tables]),
