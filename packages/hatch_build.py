@@ -33,6 +33,7 @@ class Build(BuildHookInterface[Any]):
     """Compile what the package's `compiles` option names, `host` or `images`, and put it into the wheel."""
 
     def initialize(self, version: str, build_data: Dict[str, Any]) -> None:
+        del version  # standard or editable: the files are the same
         package = Path(self.root)
         source = next((package / "src").iterdir())
         if self.config["compiles"] == "host":

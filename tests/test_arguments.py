@@ -351,7 +351,7 @@ def test_scales_of_logits(scale: float, device: str) -> None:
 
 def test_single() -> None:
     k = torch.zeros(5, 2, 64)
-    with pytest.raises(InvalidArgumentError, match="q must be a tensor of shape"):
+    with pytest.raises(InvalidArgumentError, match="q must have 3 dimensions"):
         single(k[0], k, k)
     with pytest.raises(InvalidArgumentError, match="3 and 2"):
         single(torch.zeros(1, 3, 64), k, k)

@@ -44,7 +44,7 @@ def test_forced_cpu_target(target: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_forced_cuda_target(monkeypatch: pytest.MonkeyPatch) -> None:
     h100 = Gpu(0, "H100", (9, 0), 132, 232448, 80 << 30, 50 << 20, "uuid")
-    monkeypatch.setattr(device, "gpu", lambda ordinal: h100)
+    monkeypatch.setattr(device, "gpu", lambda _: h100)
     assert device.candidates(0)[0] == "sm_90a"
     monkeypatch.setenv("FLASHINFER_CUDA_TARGET", "compute_75")
     assert device.candidates(0) == ["compute_75"]

@@ -31,7 +31,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     params.structure.cache_clear()
     folder = write(tmp_path)
     targets = list(dict.fromkeys([TARGETS[0], TARGETS[-1]]))
-    build.build_images(folder / "kernels", lambda target: [CPU], targets, folder / "images", tmp_path / "cache", jobs=1)
+    build.build_images(folder / "kernels", lambda _: [CPU], targets, folder / "images", tmp_path / "cache", jobs=1)
     return folder
 
 
@@ -152,7 +152,7 @@ def test_factory_makes_the_variant_of_each_target() -> None:
 
     assert kernel.load(only_the_oldest, "cpu").target == TARGETS[-1]
     with pytest.raises(MissingImageError, match="has no variant for any of"):
-        kernel.load(lambda target: None, "cpu")
+        kernel.load(lambda _: None, "cpu")
 
 
 @pytest.mark.usefixtures("package")

@@ -149,7 +149,7 @@ def test_a_write_that_fails_leaves_the_index_as_it_was(tmp_path: Path, monkeypat
     tree.add(index, [write_wheel(tmp_path, "a", CPU)])
     before = snapshot(index)
 
-    def refuse(source: object, target: object) -> None:
+    def refuse(*_: object) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "replace", refuse)

@@ -25,8 +25,7 @@ from flashinfer_attention.plan import Plan, plan_attention
 from flashinfer_attention.support import FP8_ELEMENTS
 from flashinfer_attention.workspace import Workspace, workspace_bytes
 from flashinfer_core import planner
-from flashinfer_core.errors import InvalidArgumentError
-from flashinfer_core.tensors import KeyValue, key_value
+from flashinfer_core.tensors import KeyValue, check_tensor, key_value
 
 __all__ = ["Plan", "Workspace", "attention", "plan_attention", "run", "run_single", "single", "workspace_bytes"]
 
@@ -182,8 +181,7 @@ def run_single(
     wants_lse: bool = False,
 ) -> Output:
     """Check, launch, and return (o, lse if given or wanted); the body of `single` for callers with a KeyValue."""
-    if not isinstance(q, torch.Tensor) or q.dim() != 3:
-        raise InvalidArgumentError("q must be a tensor of shape [q_len, num_qo_heads, head_dim]")
+    check_tensor("q", q, (None, None, None))
     q_len, num_qo_heads, head_dim = q.shape
     problem = make_problem(
         num_qo_heads,

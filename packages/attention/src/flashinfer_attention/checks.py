@@ -102,7 +102,7 @@ def refuse(problem: Problem, options: Sequence[str]) -> None:
 def _indexed(device: torch.device) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UnsupportedDeviceError(f"there are no kernels for {device}", remedy="use a CPU or a CUDA device")
-    if device.type == "cuda" and device.index is None:
+    if str(device) == "cuda":  # without an index
         if not torch.cuda.is_available():
             raise UnsupportedDeviceError("torch finds no CUDA device", remedy="use device='cpu'")
         return torch.device("cuda", torch.cuda.current_device())

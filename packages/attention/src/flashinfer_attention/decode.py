@@ -24,7 +24,7 @@ def single_decode_with_kv_cache(
     v: torch.Tensor,
     kv_layout: str = "NHD",
     pos_encoding_mode: str = "NONE",
-    use_tensor_cores: bool = False,
+    use_tensor_cores: bool = False,  # noqa: ARG001 - FlashInfer's; one kernel serves both
     q_scale: Optional[float] = None,
     k_scale: Optional[float] = None,
     v_scale: Optional[float] = None,

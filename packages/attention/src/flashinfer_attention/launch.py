@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from functools import lru_cache
 from typing import Any, NamedTuple, Optional, Tuple, Type, Union, cast
 
@@ -18,6 +17,7 @@ from flashinfer_attention.variants import (
     choose,
     choose_merge,
 )
+from flashinfer_core import settings
 from flashinfer_core.kernel import Kernel, load
 from flashinfer_core.params import structure
 from flashinfer_core.planner import useful_partial_rows
@@ -34,7 +34,7 @@ class _Key(NamedTuple):
     head_dim_vo: int
     max_rows: int
     where: Union[str, int]
-    forced: Optional[str]
+    forced: str
     general: bool
 
 
@@ -78,7 +78,7 @@ def load_kernels(problem: Problem, max_rows: int) -> Kernels:
         # Where `choose` turns from one tile to the next is a power of two, so few calls are told apart.
         max_rows=1 << max(max_rows - 1, 0).bit_length(),
         where=where,
-        forced=os.environ.get("FLASHINFER_CPU_TARGET" if where == "cpu" else "FLASHINFER_CUDA_TARGET"),
+        forced=settings.forced_target("cpu" if where == "cpu" else "cuda"),
         general=False,
     )
     attention, merge = _attention(key), _merge(key.dtype, where, key.forced)
@@ -110,7 +110,7 @@ def _attention(key: _Key) -> Kernel:
 
 
 @lru_cache(maxsize=None)
-def _merge(dtype: str, where: Union[str, int], forced: Optional[str]) -> Kernel:
+def _merge(dtype: str, where: Union[str, int], forced: str) -> Kernel:
     del forced  # a kernel of another target is another kernel
     return load(lambda target: choose_merge(target, dtype=dtype), where)
 

@@ -6,7 +6,6 @@ group all merge by it. Every lse here is natural. Accumulation is fp32.
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from typing import Any, NamedTuple, Optional, Tuple, Type, Union
 
@@ -16,6 +15,7 @@ from flashinfer_attention.compat import LOG2_E
 from flashinfer_attention.launch import stream_of
 from flashinfer_attention.support import ELEMENTS
 from flashinfer_attention.variants import PACKAGE, STATES_THREADS, AnyVariant, States, choose_states
+from flashinfer_core import settings
 from flashinfer_core.errors import (
     InvalidArgumentError,
     InvalidTypeError,
@@ -272,14 +272,14 @@ def _is_aligned(o: torch.Tensor, strides: Tuple[int, ...]) -> bool:
 
 
 def _load(dtype: torch.dtype, sum_dtype: torch.dtype, aligned: bool, where: Union[str, int]) -> Kernel:
-    forced = os.environ.get("FLASHINFER_CPU_TARGET" if where == "cpu" else "FLASHINFER_CUDA_TARGET")
+    forced = settings.forced_target("cpu" if where == "cpu" else "cuda")
     return _load_for(dtype, sum_dtype, aligned, where, forced)
 
 
 @lru_cache(maxsize=None)
-def _load_for(
-    dtype: torch.dtype, sum_dtype: torch.dtype, aligned: bool, where: Union[str, int], forced: Optional[str]
-) -> Kernel:
+def _load_for(dtype: torch.dtype, sum_dtype: torch.dtype, aligned: bool, where: Union[str, int], forced: str) -> Kernel:
+    del forced  # a kernel of another target is another kernel
+
     def states_for(target: str) -> Optional[AnyVariant]:
         if dtype == torch.bfloat16 and target.endswith("_75"):
             return None

@@ -154,13 +154,10 @@ def paged_key_value(cache: PagedCache, kv_layout: str) -> KeyValue:
     if isinstance(cache, torch.Tensor):
         address, shape, strides, value_offset = _combined(cache)
         k, v, owner = address, address + value_offset, cache
-    elif isinstance(cache, (tuple, list)) and len(cache) == 2:
-        shape, strides = _separate(cache[0], cache[1])
-        k, v, owner = cache[0].data_ptr(), cache[1].data_ptr(), cache[0]
     else:
-        raise InvalidTypeError(
-            f"paged_kv_cache must be a tensor or a pair (k_cache, v_cache), got {type(cache).__name__}"
-        )
+        owner, values = _pair(cache)
+        shape, strides = _separate(owner, values)
+        k, v = owner.data_ptr(), values.data_ptr()
     if len(shape) == 3:  # pages of one token without their dimension
         shape, strides = (shape[0], 1, *shape[1:]), _paged(strides)
     elif kv_layout == "HND":
@@ -182,7 +179,13 @@ def _combined(cache: torch.Tensor) -> Tuple[int, Tuple[int, ...], Tuple[int, ...
     return cache.data_ptr(), shape[:1] + shape[2:], strides[:1] + strides[2:], strides[1] * cache.element_size()
 
 
-def _separate(k: torch.Tensor, v: torch.Tensor) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
+def _pair(cache: object) -> Tuple[Any, Any]:
+    if isinstance(cache, (tuple, list)) and len(cache) == 2:
+        return cache[0], cache[1]
+    raise InvalidTypeError(f"paged_kv_cache must be a tensor or a pair (k_cache, v_cache), got {type(cache).__name__}")
+
+
+def _separate(k: Any, v: Any) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
     if not isinstance(k, torch.Tensor) or k.dim() not in (3, 4):
         got = tuple(k.shape) if isinstance(k, torch.Tensor) else type(k).__name__
         raise InvalidArgumentError(
