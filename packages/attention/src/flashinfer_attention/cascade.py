@@ -221,7 +221,7 @@ def _each(name: str, values: Optional[Sequence[Any]], count: int) -> Sequence[An
     return values
 
 
-def _workspaces(buffer: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
+def _workspaces(buffer: Any, count: int) -> Sequence[torch.Tensor]:
     """Give every level room for split results.
 
     On a GPU one after another uses all of it; on a CPU threads may run several levels at once, so each has a part.
