@@ -79,7 +79,7 @@ def load_kernels(problem: Problem, max_rows: int) -> Kernels:
         max_rows=1 << max(max_rows - 1, 0).bit_length(),
         where=where,
         forced=settings.forced_target("cpu" if where == "cpu" else "cuda"),
-        general=False,
+        general=problem.window_left >= 0 or problem.has_mask,
     )
     attention, merge = _attention(key), _merge(key.dtype, where, key.forced)
     variant = cast(AnyAttention, attention.variant)

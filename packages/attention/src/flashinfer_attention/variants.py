@@ -23,7 +23,11 @@ STATE_DTYPES = ("f32", "f16", "bf16")
 STATES_THREADS = 256
 STATES_AHEAD = 4  # states whose loads a thread has under way
 
-CUDA_HEAD_DIMS = (64, 128, 256)
+ELEMENT_BYTES = {"f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1}
+CUDA_MAX_HEAD_DIM = 256
+# Columns of keys and values that tiles have room for; a problem gets the first that it fits into.
+_PLAIN_DIMS = (64, 128, 256)
+_CUDA_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 # Shared memory of a CTA in bytes. PTX also runs on the successors with the least: sm_86 and sm_120 have 99 KB.
 SHARED_LIMITS: Dict[str, int] = {
     "sm_75": 64 << 10,
@@ -47,21 +51,31 @@ class Support(NamedTuple):
     options: FrozenSet[str]
 
 
+_CUDA_OPTIONS = frozenset(
+    ("window_left", "mask", "logits_soft_cap", "alibi", "sinks", "v_scale", "scale_tensors", "head_dim_vo")
+)
 SUPPORT = {
     "cpu": Support("CPUs", CPU_DTYPES, tuple(range(8, CPU_MAX_HEAD_DIM + 1, 8)), frozenset()),
-    "cuda": Support("GPUs", ("f16", "bf16"), CUDA_HEAD_DIMS, frozenset()),
+    "cuda": Support("GPUs", ("f16", "bf16"), tuple(range(8, CUDA_MAX_HEAD_DIM + 1, 8)), _CUDA_OPTIONS),
 }
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One instance of `attention::attention` on a GPU. `dtype` is the element type in C++: f16, bf16."""
+    """One instance of `attention::attention` on a GPU. Element types are spelled as in C++: f16, bf16, e4m3, e5m2.
+
+    kv_dtype: of the cache. head_dim, head_dim_vo: columns of a key and of a value that the tile has room for. scores:
+    Plain, General or Rotary, see scores.cuh.
+    """
 
     dtype: str
+    kv_dtype: str
     head_dim: int
+    head_dim_vo: int
     tile_rows: int
     kv_tile: int
     warps: int
+    scores: str = "Plain"
 
     package = PACKAGE
     source = "attention/attention.cuh"
@@ -69,14 +83,17 @@ class Attention:
 
     @property
     def name(self) -> str:
-        return f"attention-{self.dtype}-d{self.head_dim}-q{self.tile_rows}"
+        cache = "" if self.kv_dtype == self.dtype else f"-{self.kv_dtype}"
+        dims = f"{self.head_dim}" if self.head_dim == self.head_dim_vo else f"{self.head_dim}x{self.head_dim_vo}"
+        scores = "" if self.scores == "Plain" else f"-{self.scores.lower()}"
+        return f"attention-{self.dtype}{cache}-d{dims}-q{self.tile_rows}{scores}"
 
     @property
     def expression(self) -> str:
         scope = "flashinfer::attention::"
-        cache = f"{scope}KeyValue<flashinfer::{self.dtype}, {self.head_dim}, {self.head_dim}>"
+        cache = f"{scope}KeyValue<flashinfer::{self.kv_dtype}, {self.head_dim}, {self.head_dim_vo}>"
         tile = f"{scope}Tile<{cache}, {self.tile_rows}, {self.kv_tile}, {self.warps}>"
-        return f"{scope}attention<flashinfer::{self.dtype}, {tile}, {scope}Plain>"
+        return f"{scope}attention<flashinfer::{self.dtype}, {tile}, {scope}{self.scores}>"
 
     @property
     def threads(self) -> int:
@@ -86,13 +103,21 @@ class Attention:
     def shared_bytes(self) -> int:
         """Count the bytes of two stages of K and V, of the queries, and of what warps that share rows exchange."""
         shares_rows = self.tile_rows == 16 and self.warps > 1  # then the next item's queries are fetched ahead
-        rows = self.tile_rows * (2 if shares_rows else 1) + 4 * self.kv_tile
-        return 2 * self.head_dim * rows + (128 * self.warps if shares_rows else 0)
+        element = ELEMENT_BYTES[self.kv_dtype]
+        queries = self.tile_rows * _row_bytes(self.head_dim, 2) * (2 if shares_rows else 1)
+        stage = self.kv_tile * (_row_bytes(self.head_dim, element) + _row_bytes(self.head_dim_vo, element))
+        return queries + 2 * stage + (128 * self.warps if shares_rows else 0)
 
     @property
     def max_ctas(self) -> int:
         """Bound the CTAs that share an SM on any GPU: by threads, and by the largest shared memory (sm_90)."""
         return min(2048 // self.threads, (228 << 10) // (self.shared_bytes + 1024))
+
+
+def _row_bytes(columns: int, element_bytes: int) -> int:
+    """Count the bytes from row to row of a matrix in shared memory: see SharedRows in tile.cuh."""
+    chunks = columns * element_bytes // 16
+    return 16 * (chunks if chunks % 8 == 0 else chunks | 1)
 
 
 @dataclass(frozen=True)
@@ -199,15 +224,17 @@ def choose(
     """Choose the attention kernel for a batch whose longest request has `max_rows` packed rows (queries x group).
 
     Few rows mean decoding, which memory bandwidth bounds: a small tile leaves no row idle. kv_dtype, head_dim_vo: None
-    means those of q. general: the kernel must know what changes scores one by one (mask, soft cap, ALiBi, RoPE); plans
-    are made for the kernel that need not, so both have the same tile_rows, and the general one a kv_tile that divides
-    the other's. Pure; nothing is loaded.
+    means those of q. general: scores change one by one (window, mask, soft cap, ALiBi, RoPE); tile_rows do not depend
+    on it, so a plan for one kernel serves the other. Pure; nothing is loaded.
     """
-    del kv_dtype, head_dim_vo, general  # those of q, and the one kernel: `SUPPORT` has no more yet
     if target not in SHARED_LIMITS:
         return AttentionCpu(dtype, CPU_DECODE_ROWS if max_rows <= CPU_MAX_DECODE_ROWS else CPU_PREFILL_ROWS)
-    rows = next((rows for rows in _cuda_tile_rows(head_dim) if max_rows <= rows), _cuda_tile_rows(head_dim)[-1])
-    return _cuda(target, dtype, head_dim, rows)
+    wanted = (head_dim, head_dim if head_dim_vo is None else head_dim_vo)
+    dims = next(dims for dims in _CUDA_DIMS if wanted[0] <= dims[0] and wanted[1] <= dims[1])
+    plain = dims == wanted and dims[0] == dims[1] and dims[0] in _PLAIN_DIMS and not general
+    tile_rows = _cuda_tile_rows(dims)
+    rows = next((rows for rows in tile_rows if max_rows <= rows), tile_rows[-1])
+    return _cuda(target, dtype, dtype if kv_dtype is None else kv_dtype, dims, rows, "Plain" if plain else "General")
 
 
 def choose_merge(target: str, *, dtype: str) -> Merge:
@@ -240,26 +267,32 @@ def shipped(target: str) -> Tuple[AnyVariant, ...]:
         return (*cpu, *(choose_merge(target, dtype=dtype) for dtype in CPU_DTYPES), *_shipped_states(target))
     dtypes = ("f16",) if target.endswith("_75") else ("f16", "bf16")
     attention = tuple(
-        _cuda(target, dtype, dim, rows) for dtype in dtypes for dim in CUDA_HEAD_DIMS for rows in _cuda_tile_rows(dim)
+        _cuda(target, dtype, dtype, dims, rows, scores)
+        for dtype in dtypes
+        for dims, scores in (*((dims, "General") for dims in _CUDA_DIMS), *(((d, d), "Plain") for d in _PLAIN_DIMS))
+        for rows in _cuda_tile_rows(dims)
     )
     return (*attention, *(choose_merge(target, dtype=dtype) for dtype in dtypes), *_shipped_states(target))
 
 
-def _cuda_tile_rows(head_dim: int) -> Tuple[int, ...]:
-    # At 256 columns a tile of 128 rows would leave no registers for the scores.
-    return (16, 64, 128) if head_dim <= 128 else (16, 64)
+def _cuda_tile_rows(dims: Tuple[int, int]) -> Tuple[int, ...]:
+    # Beyond 128 columns a tile of 128 rows would leave no registers for the scores.
+    return (16, 64, 128) if max(dims) <= 128 else (16, 64)
 
 
-def _cuda(target: str, dtype: str, head_dim: int, tile_rows: int) -> Attention:
+def _cuda(target: str, dtype: str, kv_dtype: str, dims: Tuple[int, int], tile_rows: int, scores: str) -> Attention:
     """Give the tile as many keys as registers and shared memory hold, up to 64."""
+    # 16 rows are shared by all warps, each with 16 keys of a step. Larger tiles are dealt to four warps: at 128 rows
+    # each has 32, and reads K and V from shared memory half as often as eight warps of 16 would. At 128 columns,
+    # General's options need the registers that so many rows take.
+    warps = 8 if tile_rows == 128 and dims[1] == 128 and scores != "Plain" else 4
     # Beside so large an output 64 keys fit 255 registers on sm_90 alone, at 128 columns; elsewhere they would spill.
-    fits = target.startswith("sm_90") and head_dim == 128
-    crowded = tile_rows * head_dim >= 128 * 128 and not fits
+    fits = warps == 8 or (target.startswith("sm_90") and dims[1] == 128)
+    crowded = tile_rows * dims[1] >= 128 * 96 and not fits
     for kv_tile in (32, 16) if crowded else (64, 32, 16):
-        # 16 rows are shared by all warps, each with 16 keys of a step. Larger tiles are dealt to four warps: at 128
-        # rows each has 32, and reads K and V from shared memory half as often as eight warps of 16 would.
-        warps = kv_tile // 16 if tile_rows == 16 else 4
-        variant = Attention(dtype, head_dim, tile_rows, kv_tile, warps)
+        variant = Attention(
+            dtype, kv_dtype, *dims, tile_rows, kv_tile, kv_tile // 16 if tile_rows == 16 else warps, scores
+        )
         if variant.shared_bytes <= SHARED_LIMITS[target]:
             break
     return variant

@@ -97,6 +97,7 @@ __device__ void attend(const Work& work, int32_t index, Pipeline<Tile, Scores>& 
   const int first_row = Tile::kWarpsOverRows == 1 ? 0 : warp * Tile::kRowBlocks * 16;
   const int first_key = Tile::kWarpsOverKeys == 1 ? 0 : warp * Tile::kWarpKeys;
   int32_t key, kv_end, smallest_limit;
+  int32_t largest_begin = 0;  // keys from here to the limit are seen by all rows
   float scale;
   {
     const WorkItem item = work.at<Tile>(index);
@@ -104,6 +105,9 @@ __device__ void attend(const Work& work, int32_t index, Pipeline<Tile, Scores>& 
     key = item.kv_begin;
     kv_end = item.kv_end;
     smallest_limit = queries.key_limit(0, p.causal);
+    if (Scores::kGeneral) {
+      largest_begin = p.mask != nullptr ? kv_end : window_begin(p, queries, queries.query(Tile::kRows - 1));
+    }
     scale = logit_scale(p, item.kv_head);
     // Copies are waited for with the first tile; of an item without one they would race with those of the next.
     if (Tile::kQueryBuffers == 1 && key < kv_end) {
@@ -125,21 +129,27 @@ __device__ void attend(const Work& work, int32_t index, Pipeline<Tile, Scores>& 
     Accumulator s[Tile::kRowBlocks][Tile::kKeyBlocks] = {};
     score<T, Tile>(s, tile.q(Tile::kQueryBuffers == 2 ? pipeline.buffer ^ 1 : 0), tile.k(pipeline.stage), first_row,
                    first_key, lane);
-    if (Scores::kGeneral || key + Tile::kKeys > smallest_limit) {
+    float exponent_scale = scale;
+    if (Scores::kGeneral && changes_logits(p)) {
+      const WorkItem item = work.at<Tile>(index);
+#pragma unroll
+      for (int r = 0; r < Tile::kRowBlocks; ++r) {
+        change_logits(p, {item, p.group}, s[r], first_row + 16 * r + lane / 4, key + first_key, lane, scale);
+      }
+      exponent_scale = 1.0f;
+    }
+    if (key + Tile::kKeys > smallest_limit || (Scores::kGeneral && key < largest_begin)) {
       const WorkItem item = work.at<Tile>(index);
       const QueryRows queries{item, p.group};
 #pragma unroll
       for (int r = 0; r < Tile::kRowBlocks; ++r) {
         const int row = first_row + 16 * r + lane / 4;
-        if constexpr (Scores::kGeneral) {
-          finish_scores(p, queries, s[r], row, key + first_key, lane, scale);
-        } else {
-          const int32_t limit[2] = {queries.key_limit(row, p.causal), queries.key_limit(row + 8, p.causal)};
-          mask_scores(s[r], limit, key + first_key, lane);
-        }
+        const int32_t limit[2] = {queries.key_limit(row, p.causal), queries.key_limit(row + 8, p.causal)};
+        mask_scores(s[r], limit, key + first_key, lane);
+        if (Scores::kGeneral && key < largest_begin) mask_more(p, queries, s[r], row, key + first_key, lane);
       }
     }
-    rescale<Tile>(s, state, o, Scores::kGeneral ? 1.0f : scale);
+    rescale<Tile>(s, state, o, exponent_scale);
     accumulate<T, Tile>(o, s, tile.v(pipeline.stage), first_key, lane);
     pipeline.stage ^= 1;
   }

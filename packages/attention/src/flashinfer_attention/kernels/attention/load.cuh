@@ -32,6 +32,7 @@ __device__ void load_queries(const AttentionParams& p, const QueryRows& queries,
   constexpr int kChunks = Tile::Queries::kChunks;
   const bool vectorized = is_vectorized<f16>(p.q, p.q_stride_token, p.q_stride_head);
   const auto* q = static_cast<const uint16_t*>(p.q);
+#pragma unroll 1
   for (int i = threadIdx.x; i < Tile::kRows * kChunks; i += Tile::kThreads) {
     const int row = i / kChunks;
     const int chunk = i % kChunks;

@@ -24,8 +24,15 @@ __device__ inline float merged_lse(const float* lse, int32_t pieces, int32_t str
   return max + log2_approx(warp_sum(sum)) * kLn2;
 }
 
+// A sink joins the sum of its row here, as no piece of the row has it.
+__device__ inline float lse_with_sink(float lse, float sink) {
+  const float larger = fmaxf(lse, sink);
+  if (larger == negative_infinity()) return larger;
+  return larger + log2_approx(exp2_approx((lse - larger) * kLog2e) + exp2_approx((sink - larger) * kLog2e)) * kLn2;
+}
+
 constexpr int kMergeWarps = 4;
-constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHeadDim = 512;
 
 // This warp's share of a row: four neighbouring columns a lane and 128 columns apart, of every `stride`-th piece.
 struct RowSum {
@@ -104,7 +111,10 @@ __global__ void __launch_bounds__(32 * kMergeWarps) merge(const __grid_constant_
     if (row >= item.rows) continue;  // the same for all warps that share the row
     const int64_t first = static_cast<int64_t>(item.partial) + row;
     const float* lse = p.partial_lse + first;
-    const float total = merged_lse(lse, item.pieces, p.tile_rows);
+    float total = merged_lse(lse, item.pieces, p.tile_rows);
+    if (p.sinks != nullptr) {
+      total = lse_with_sink(total, p.sinks[item.kv_head * p.group + (item.row_begin + row) % p.group]);
+    }
     RowSum sum = sum_pieces(p, p.partial_o + first * p.head_dim_vo, lse, total, warp % sharing, item.pieces, sharing);
     if (sharing > 1) add_warps(sum, exchange);
     if (warp % sharing == 0) store_row<T>(p, item, row, sum, total);

@@ -10,10 +10,9 @@ namespace flashinfer {
 namespace attention {
 
 template <typename T>
-__device__ void store_pair(void* o, int64_t offset, float low, float high) {
-  auto* target = static_cast<uint16_t*>(o) + offset;
+__device__ void store_pair(uint16_t* target, bool aligned, float low, float high) {
   const uint32_t pair = pack<T>(low, high);
-  if (reinterpret_cast<uint64_t>(target) % 4 == 0) {
+  if (aligned) {
     *reinterpret_cast<uint32_t*>(target) = pair;
   } else {
     target[0] = static_cast<uint16_t>(pair);
@@ -70,11 +69,12 @@ __device__ void store_rows(const AttentionParams& p, const QueryRows& queries, i
     } else {
       const int64_t token = queries.token(row);
       if (writes_lse && p.lse != nullptr) p.lse[token * p.kv_heads * p.group + head] = result.lse * p.lse_scale;
-      const int64_t offset = token * p.o_stride_token + head * p.o_stride_head + first_column;
+      auto* target = static_cast<uint16_t*>(p.o) + token * p.o_stride_token + head * p.o_stride_head + first_column;
+      const bool aligned = reinterpret_cast<uint64_t>(target) % 4 == 0;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
         if (Scores::kGeneral && column + 8 * block >= p.head_dim_vo) break;
-        store_pair<T>(p.o, offset + 8 * block, o[block].x[2 * half] * scale, o[block].x[2 * half + 1] * scale);
+        store_pair<T>(target + 8 * block, aligned, o[block].x[2 * half] * scale, o[block].x[2 * half + 1] * scale);
       }
     }
   }

@@ -32,27 +32,37 @@ __device__ inline float value_scale(const AttentionParams& p, int32_t kv_head) {
   return p.v_factor * loaded_or(p.v_scale, kv_head * p.v_scale_stride, 1.0f);
 }
 
-__device__ inline bool mask_bit(const AttentionParams& p, const WorkItem& item, int32_t query, int32_t key) {
-  const int64_t bit = static_cast<int64_t>(query) * item.kv_len + key;
-  const int64_t first = p.mask_indptr == nullptr ? 0 : p.mask_indptr[item.request];
-  return p.mask[first + bit / 8] >> (bit % 8) & 1;
+// The first key that a window leaves to a query.
+__device__ inline int32_t window_begin(const AttentionParams& p, const QueryRows& queries, int32_t query) {
+  const int32_t position = queries.position(query);
+  return p.window_left < 0 || position < p.window_left ? 0 : position - p.window_left;
 }
 
-// Whether a query of the request sees a key of it.
-__device__ inline bool is_visible(const AttentionParams& p, const WorkItem& item, int32_t query, int32_t key) {
-  const int32_t position = query + item.kv_len - item.q_len;
-  if (p.causal && key > position) return false;
-  if (p.window_left >= 0 && position - key > p.window_left) return false;
-  return p.mask == nullptr || mask_bit(p, item, query, key);
-}
+// A query's row in the mask of its request. The row's first bit is found in 64 bits, as long requests have more than
+// 2^32.
+struct MaskRow {
+  const uint8_t* bytes;
+  uint32_t shift;  // of the first bit in its byte
+
+  __device__ MaskRow(const AttentionParams& p, const WorkItem& item, int32_t query) {
+    const int64_t first = static_cast<int64_t>(query) * item.kv_len;
+    bytes = p.mask + (p.mask_indptr == nullptr ? 0 : p.mask_indptr[item.request]) + first / 8;
+    shift = first % 8;
+  }
+
+  __device__ bool sees(int32_t key) const {
+    const uint32_t bit = shift + key;
+    return bytes[bit / 8] >> (bit % 8) & 1;
+  }
+};
 
 // Whether any row of a tile sees a key before the end of its piece.
 __device__ inline bool is_seen(const AttentionParams& p, const QueryRows& queries, int32_t key, int32_t tile_rows) {
   const int32_t first = queries.query(0);
-  if (p.mask == nullptr) return p.window_left < 0 || queries.position(first) - key <= p.window_left;
+  if (p.mask == nullptr) return key >= window_begin(p, queries, first);
   const int32_t last = min(queries.query(tile_rows - 1), queries.item.q_len - 1);
-  for (int32_t query = first; query <= last; ++query) {
-    if (is_visible(p, queries.item, query, key)) return true;
+  for (int32_t query = first; query <= last && key >= window_begin(p, queries, query); ++query) {
+    if (MaskRow(p, queries.item, query).sees(key)) return true;
   }
   return false;
 }
@@ -78,16 +88,18 @@ __device__ inline float alibi_slope(int32_t head, int32_t num_heads) {
   return exp2_approx(exponent);
 }
 
-// tanh to 2^-22 of 1, which the hardware's is not.
-__device__ inline float tanh_exact(float x) { return 1.0f - 2.0f / (exp2_approx(2.0f * kLog2e * x) + 1.0f); }
+// tanh with an error below 2^-22; the hardware's is 2^-11, too much beside a large cap.
+__device__ inline float tanh_accurate(float x) {
+  return fmaf(-2.0f, reciprocal_approx(exp2_approx(2.0f * kLog2e * x) + 1.0f), 1.0f);
+}
 
-// Apply all options to the scores of two rows (`row` and `row + 8` of the tile) and this lane's keys of a warp's slice;
-// leave logits in base 2.
+// Whether logits are more than scaled products.
+__device__ inline bool changes_logits(const AttentionParams& p) { return p.alibi || p.logits_soft_cap > 0.0f; }
+
+// Turn the products of two rows (`row` and `row + 8` of the tile) and this lane's keys into logits in base 2.
 template <int kKeyBlocks>
-__device__ void finish_scores(const AttentionParams& p, const QueryRows& queries, Accumulator (&s)[kKeyBlocks], int row,
+__device__ void change_logits(const AttentionParams& p, const QueryRows& queries, Accumulator (&s)[kKeyBlocks], int row,
                               int32_t first_key, int lane, float scale) {
-  const int32_t query[2] = {queries.query(row), queries.query(row + 8)};
-  const int32_t own_key = first_key + lane % 4 * 2;
   for (Accumulator& block : s) {
     for (float& x : block.x) x *= scale;
   }
@@ -95,7 +107,7 @@ __device__ void finish_scores(const AttentionParams& p, const QueryRows& queries
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float slope = kLog2e * alibi_slope(queries.head(row + 8 * half), p.kv_heads * p.group);
-      const int32_t distance = own_key - queries.position(query[half]);
+      const int32_t distance = first_key + lane % 4 * 2 - queries.position(queries.query(row + 8 * half));
 #pragma unroll
       for (int block = 0; block < kKeyBlocks; ++block) {
 #pragma unroll
@@ -110,19 +122,29 @@ __device__ void finish_scores(const AttentionParams& p, const QueryRows& queries
     const float cap = p.logits_soft_cap * kLog2e;
     const float inverse = 1.0f / cap;
     for (Accumulator& block : s) {
-      for (float& x : block.x) x = cap * tanh_exact(x * inverse);
+      for (float& x : block.x) x = cap * tanh_accurate(x * inverse);
     }
   }
-  const bool ends = first_key + 8 * kKeyBlocks > queries.key_limit(row - lane / 4, p.causal);
-  const bool begins = p.window_left >= 0 && queries.position(query[1]) + 8 - first_key > p.window_left;
-  if (!__any_sync(0xffffffff, ends || begins || p.mask != nullptr)) return;
+}
+
+// As `mask_scores`, for keys before a window or hidden by the mask's bits. Bits of rows and keys that do not exist are
+// not read.
+template <int kKeyBlocks>
+__device__ void mask_more(const AttentionParams& p, const QueryRows& queries, Accumulator (&s)[kKeyBlocks], int row,
+                          int32_t first_key, int lane) {
 #pragma unroll
-  for (int block = 0; block < kKeyBlocks; ++block) {
+  for (int half = 0; half < 2; ++half) {
+    const int32_t query = queries.query(row + 8 * half);
+    const int32_t begin = window_begin(p, queries, query);
+    const int32_t end = p.mask != nullptr && queries.exists(row + 8 * half) ? queries.item.kv_end : 0;
+    const MaskRow mask(p, queries.item, query);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int32_t key = own_key + 8 * block + i % 2;
-      const bool inside = key < queries.item.kv_end && queries.exists(row + i / 2 * 8);
-      if (!inside || !is_visible(p, queries.item, query[i / 2], key)) s[block].x[i] = negative_infinity();
+    for (int block = 0; block < kKeyBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int32_t key = first_key + block * 8 + lane % 4 * 2 + i;
+        if (key < begin || (key < end && !mask.sees(key))) s[block].x[2 * half + i] = negative_infinity();
+      }
     }
   }
 }

@@ -17,6 +17,13 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+// 1 / x to 1 ulp; 0 for infinity.
+__device__ inline float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // log2(x); -inf for 0.
 __device__ inline float log2_approx(float x) {
   float y;
