@@ -13,6 +13,7 @@ import flashinfer_attention.lengths
 from batches import Paged
 from flashinfer_attention import Workspace, attention, plan_attention, workspace_bytes
 from flashinfer_attention.checks import refuse_capture
+from flashinfer_attention.staging import Slot, Staging
 from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, WorkspaceError
 
 
@@ -37,6 +38,23 @@ def plan_of(batch: Paged, **options: Any) -> Any:
         device=batch.device,
         **options,
     )
+
+
+class Event:
+    """Stands for a CUDA event: `done` says whether the copy before it has run."""
+
+    def __init__(self) -> None:
+        self.done = True
+
+    def query(self) -> bool:
+        return self.done
+
+    def record(self, stream: Any = None) -> None:
+        self.done = False
+
+
+def slot(size: int) -> Slot:
+    return Slot(workspace(size), Event())
 
 
 @pytest.mark.parametrize("bad", ["missing", "int64", "meta", "sizes"])
@@ -181,27 +199,43 @@ def test_planning_is_refused_while_a_graph_captures(monkeypatch: pytest.MonkeyPa
 def test_a_newer_plan_ends_the_older_one_on_a_device() -> None:
     """The device is `meta` here: it takes uploads as a GPU does."""
     shared = Workspace(torch.empty(100, dtype=torch.uint8, device="meta"))
-    first = shared.upload(workspace(64), 64, 64)
+    first = shared.upload(slot(64), 64, 64)
     generation = shared.generation
     shared.check_generation(first, generation)
-    assert shared.upload(workspace(64), 64, 64) is first
+    assert shared.upload(slot(64), 64, 64) is first
     with pytest.raises(WorkspaceError, match="a newer plan has replaced this one"):
         shared.check_generation(first, generation)
     shared.check_generation(first, shared.generation)
-    grown = shared.upload(workspace(640), 640, 640)
+    grown = shared.upload(slot(640), 640, 640)
     assert grown is not first
     shared.check_generation(first, generation)  # its buffer was left behind as it is
 
 
+def test_a_copy_that_waits_keeps_its_memory() -> None:
+    staging = Staging(workspace, Event)
+    first = staging.take(64)
+    first.sent.record()
+    second = staging.take(64)
+    assert second is not first
+    second.sent.record()
+    first.sent.done = second.sent.done = True
+    assert staging.take(64) is first  # its copy is the older one
+    first.sent.record()
+    larger = staging.take(1000)
+    assert larger is second
+    assert larger.buffer.numel() == 1000
+    assert first.buffer.numel() == 64
+
+
 def test_what_a_graph_captured_is_not_written_again() -> None:
     shared = Workspace(torch.empty(100, dtype=torch.uint8, device="meta"))
-    first = shared.upload(workspace(64), 64, 64)
+    first = shared.upload(slot(64), 64, 64)
     shared.note_capture(1, first)
-    assert shared.upload(workspace(64), 64, 64) is not first
+    assert shared.upload(slot(64), 64, 64) is not first
     given = Workspace(torch.empty(100, dtype=torch.uint8, device="meta"), torch.empty(64, dtype=torch.uint8).to("meta"))
-    given.note_capture(1, given.upload(workspace(64), 64, 64))
+    given.note_capture(1, given.upload(slot(64), 64, 64))
     with pytest.raises(WorkspaceError, match="a CUDA graph was captured with the work list"):
-        given.upload(workspace(64), 64, 64)
+        given.upload(slot(64), 64, 64)
 
 
 def test_lengths_whose_sum_is_beyond_int32() -> None:

@@ -16,13 +16,17 @@ namespace planning {
 struct PlanParams {
   flashinfer::PlanShape shape;
   flashinfer::PlanLengths lengths;
+  flashinfer::PlanScratch scratch;
   flashinfer::PlanBuffers out;
   flashinfer::UniformWork uniform;
-  int32_t max_partial_rows;
 };
 template <int kThreads>
 __global__ void run(const __grid_constant__ PlanParams p) {
-  if (threadIdx.x == 0) flashinfer::plan(p.shape, p.lengths, p.max_partial_rows, p.out);
+  if (threadIdx.x == 0) {
+    const flashinfer::OneThread team;
+    const flashinfer::PlanSums sums = flashinfer::sum_requests(team, p.shape, p.lengths, p.scratch);
+    flashinfer::write_plan(team, p.shape, p.lengths, sums, p.scratch, p.out);
+  }
   const int32_t index = static_cast<int32_t>(threadIdx.x);
   p.out.items[index] =
       flashinfer::uniform_item(p.uniform, p.shape.group, p.shape.kv_heads, p.shape.tile_rows, p.shape.kv_tile, index);

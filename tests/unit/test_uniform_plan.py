@@ -46,9 +46,11 @@ class Case:
     window_left: int
     num_workers: int
     max_partial_rows: int
+    fixed_piece: int = 0
 
     def plan(self) -> planner.UniformPlan:
-        return planner.uniform_plan(**vars(self))
+        shape = planner.Shape(**{name: getattr(self, name) for name in planner.Shape._fields})
+        return planner.uniform_plan(shape, q_len=self.q_len, kv_len=self.kv_len, max_partial_rows=self.max_partial_rows)
 
     def work(self, plan: planner.UniformPlan) -> ctypes.Structure:
         lengths = (self.q_len, self.kv_len, plan.tiles, plan.pieces, plan.piece_len)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <string>
 
 namespace flashinfer::host {
@@ -30,6 +31,7 @@ void check_shape(const PlanShape& shape) {
   check_positive("kv_tile", shape.kv_tile);
   check_positive("num_workers", shape.num_workers);
   if (shape.window_left < -1) invalid("window_left must be at least -1, got " + std::to_string(shape.window_left));
+  if (shape.fixed_piece < 0) invalid("fixed_piece must not be negative, got " + std::to_string(shape.fixed_piece));
   if (int64_t(shape.group) * shape.kv_heads > kMaxHeads) {
     invalid("group * kv_heads must be at most " + std::to_string(kMaxHeads) + ", got " +
             std::to_string(int64_t(shape.group) * shape.kv_heads));
@@ -92,6 +94,19 @@ int64_t count_tiles(const PlanShape& shape, const PlanLengths& lengths) {
 
 int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
+// Memory of one call for what the steps of a plan tell each other.
+struct Scratch {
+  std::unique_ptr<PlanSums[]> before;
+  std::unique_ptr<WorkerEnd[]> ends;
+  std::unique_ptr<PlanCut[]> cuts;
+  PlanScratch place;
+
+  Scratch(int32_t num_requests, int32_t num_workers)
+      : before(new PlanSums[num_requests + 1]), ends(new WorkerEnd[num_workers]), cuts(new PlanCut[num_workers]) {
+    place = {before.get(), ends.get(), cuts.get()};
+  }
+};
+
 template <typename T>
 T* at(void* base, int64_t offset) {
   return reinterpret_cast<T*>(static_cast<char*>(base) + offset);
@@ -103,7 +118,7 @@ int32_t most_key_tiles(const PlanShape& shape, int32_t q_len, int32_t kv_len) {
   const bool slides = shape.window_left >= 0 && shape.causal && tiles > 1;
   if (!slides) {
     const int32_t longest = shape.causal ? std::max(tiles - 1, 0) : 0;
-    return tile_keys(shape, q_len, kv_len, longest * shape.tile_rows).count();
+    return tile_keys(shape, {0, q_len, 0, kv_len, tiles}, longest).count();
   }
   const int64_t queries = (int64_t(shape.tile_rows) + shape.group - 2) / shape.group + 1;
   const int64_t keys = shape.window_left + queries;  // from the first that the first query sees, through the last
@@ -136,44 +151,64 @@ int32_t best_piece(int64_t tiles, int32_t key_tiles, int32_t num_workers, int64_
 
 }  // namespace
 
-PlanOffsets plan_offsets(int64_t num_workers) {
+PlanOffsets plan_offsets(int64_t num_workers, int64_t max_merges) {
   const int64_t indptr_bytes = (num_workers + 1) * int64_t(sizeof(int32_t));
   const int64_t merges = aligned(indptr_bytes + int64_t(sizeof(int32_t)));
-  const int64_t arrivals = merges + num_workers * int64_t(sizeof(MergeItem));
-  return {indptr_bytes, merges, arrivals, aligned(arrivals + num_workers * int64_t(sizeof(int32_t)))};
+  const int64_t arrivals = merges + max_merges * int64_t(sizeof(MergeItem));
+  return {indptr_bytes, merges, arrivals, aligned(arrivals + max_merges * int64_t(sizeof(int32_t)))};
 }
 
-int64_t plan_bytes(int64_t total_q, int64_t num_requests, int64_t group, int64_t kv_heads, int64_t tile_rows,
-                   int64_t num_workers) {
-  const int64_t rows = std::max<int64_t>(total_q, 0) * std::max<int64_t>(group, 1);
-  const int64_t whole_tiles = rows / std::max<int64_t>(tile_rows, 1);
-  const int64_t ragged_tiles = std::max<int64_t>(std::min(num_requests, total_q), 0);  // each request ends one
-  const int64_t workers = std::max<int64_t>(num_workers, 1);
-  const int64_t items = (whole_tiles + ragged_tiles) * std::max<int64_t>(kv_heads, 1) + workers - 1;
-  return plan_offsets(workers).items + items * int64_t(sizeof(WorkItem));
+PlanLimits plan_limits(const PlanShape& shape, int64_t total_q, int64_t num_requests) {
+  check_shape(shape);
+  const int64_t rows = std::max<int64_t>(total_q, 0) * shape.group;
+  const int64_t requests = std::max<int64_t>(std::min(num_requests, total_q), 0);  // those with a query
+  const int64_t tiles = (rows / shape.tile_rows + requests) * shape.kv_heads;      // each request ends one
+  const int64_t workers = shape.num_workers;
+  int64_t items = tiles + workers - 1, merges = workers;
+  if (shape.fixed_piece > 0) {
+    items = tiles + requests * kMostFixedItems;
+    merges = std::max(workers, std::min(tiles, requests * (kMostFixedItems / 2)));
+  }
+  return {merges, plan_offsets(workers, merges).items + items * int64_t(sizeof(WorkItem))};
 }
 
-PlanResult plan(const PlanShape& shape, const PlanLengths& lengths, int64_t max_partial_rows, void* out,
-                int64_t out_bytes) {
+PlanResult plan(const PlanShape& shape, const PlanLengths& lengths, int64_t max_partial_rows, int64_t max_merges,
+                void* out, int64_t out_bytes) {
   check_shape(shape);
   const int32_t max_pieces = checked_pieces(max_partial_rows, shape.tile_rows);
   check_lengths(shape, lengths);
+  const int64_t tiles = count_tiles(shape, lengths);
+  if (tiles > kInt32Max / 2) invalid("the batch needs " + std::to_string(tiles) + " work items, above 2^30");
 
-  const PlanOffsets offsets = plan_offsets(shape.num_workers);
-  const int64_t max_cuts = std::min(shape.num_workers - 1, std::max(max_pieces - 1, 0));
-  const int64_t max_items = count_tiles(shape, lengths) + max_cuts;
-  if (max_items > kInt32Max) invalid("the batch needs " + std::to_string(max_items) + " work items, above 2^31 - 1");
-  const int64_t needed = offsets.items + max_items * int64_t(sizeof(WorkItem));
-  if (needed > out_bytes) {
-    throw BufferTooSmall("the plan may take " + std::to_string(needed) + " bytes, but its buffer has " +
-                         std::to_string(out_bytes));
+  const Scratch scratch(lengths.num_requests, shape.num_workers);
+  const PlanSums sums = sum_requests(OneThread{}, shape, lengths, scratch.place);
+  const PlanCounts most = most_counts(shape, sums, max_pieces);
+  const PlanOffsets offsets = plan_offsets(shape.num_workers, max_merges);
+  const int64_t needed = offsets.items + most.items * int64_t(sizeof(WorkItem));
+  if (needed > out_bytes || most.merges > max_merges) {
+    throw BufferTooSmall("the plan may take " + std::to_string(needed) + " bytes and " + std::to_string(most.merges) +
+                         " merges, but its buffer has " + std::to_string(out_bytes) + " and " +
+                         std::to_string(max_merges));
   }
-
-  const PlanBuffers buffers = {at<int32_t>(out, 0), at<int32_t>(out, offsets.num_merges),
-                               at<MergeItem>(out, offsets.merges), at<int32_t>(out, offsets.arrivals),
-                               at<WorkItem>(out, offsets.items)};
-  const PlanCounts counts = flashinfer::plan(shape, lengths, max_pieces * shape.tile_rows, buffers);
+  if (most.pieces > max_pieces) {
+    throw PartialTooSmall("pieces of fixed length need " + std::to_string(int64_t(most.pieces) * shape.tile_rows) +
+                          " partial rows, but their buffer has " + std::to_string(max_partial_rows));
+  }
+  const PlanBuffers buffers = {at<int32_t>(out, 0),
+                               at<int32_t>(out, offsets.num_merges),
+                               at<MergeItem>(out, offsets.merges),
+                               at<int32_t>(out, offsets.arrivals),
+                               at<WorkItem>(out, offsets.items),
+                               max_pieces};
+  const PlanCounts counts = write_plan(OneThread{}, shape, lengths, sums, scratch.place, buffers);
   return {counts, int64_t(counts.pieces) * shape.tile_rows, offsets.items + counts.items * int64_t(sizeof(WorkItem))};
+}
+
+int64_t fixed_rows(const PlanShape& shape, const PlanLengths& lengths) {
+  check_shape(shape);
+  check_lengths(shape, lengths);
+  const Scratch scratch(lengths.num_requests, shape.num_workers);
+  return int64_t(sum_requests(OneThread{}, shape, lengths, scratch.place).pieces) * shape.tile_rows;
 }
 
 UniformResult uniform_plan(const PlanShape& shape, int32_t q_len, int32_t kv_len, int64_t max_partial_rows) {

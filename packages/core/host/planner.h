@@ -14,7 +14,12 @@ struct BufferTooSmall : std::length_error {
   using std::length_error::length_error;
 };
 
-// Byte offsets in a plan's buffer. They depend on the number of workers only: a captured CUDA graph stays valid.
+// The partial buffers cannot hold pieces of fixed length.
+struct PartialTooSmall : std::length_error {
+  using std::length_error::length_error;
+};
+
+// Byte offsets in a plan's buffer. They depend on maxima only: a captured CUDA graph stays valid.
 struct PlanOffsets {
   int64_t num_merges;
   int64_t merges;
@@ -34,15 +39,22 @@ struct UniformResult {
   int64_t partial_rows;
 };
 
-PlanOffsets plan_offsets(int64_t num_workers);
+// What no plan of at most some maxima exceeds.
+struct PlanLimits {
+  int64_t merges;
+  int64_t bytes;
+};
 
-// Bytes that no plan for at most these maxima exceeds.
-int64_t plan_bytes(int64_t total_q, int64_t num_requests, int64_t group, int64_t kv_heads, int64_t tile_rows,
-                   int64_t num_workers);
+PlanOffsets plan_offsets(int64_t num_workers, int64_t max_merges);
 
-// Throws std::invalid_argument for lengths that make no sense and BufferTooSmall; writes nothing then.
-PlanResult plan(const PlanShape& shape, const PlanLengths& lengths, int64_t max_partial_rows, void* out,
-                int64_t out_bytes);
+PlanLimits plan_limits(const PlanShape& shape, int64_t total_q, int64_t num_requests);
+
+// Throws std::invalid_argument for lengths that make no sense, BufferTooSmall, PartialTooSmall; writes nothing then.
+PlanResult plan(const PlanShape& shape, const PlanLengths& lengths, int64_t max_partial_rows, int64_t max_merges,
+                void* out, int64_t out_bytes);
+
+// Rows of the partial buffers that pieces of fixed length need.
+int64_t fixed_rows(const PlanShape& shape, const PlanLengths& lengths);
 
 // `work` with equal pieces so many that kv_heads * tiles * pieces fills the workers well.
 UniformResult uniform_plan(const PlanShape& shape, int32_t q_len, int32_t kv_len, int64_t max_partial_rows);

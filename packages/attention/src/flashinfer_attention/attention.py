@@ -246,17 +246,17 @@ def _split(
     problem: Problem, q_len: int, kv_len: int, kernels: Kernels
 ) -> Tuple[planner.UniformPlan, Tuple[int, int, int, int, int, int, int]]:
     """Return the pieces of one request, and the fields of `UniformWork` that say so to the kernels."""
-    work = planner.uniform_plan(
-        q_len=q_len,
-        kv_len=kv_len,
-        group=kernels.tile_group,
-        kv_heads=kernels.tile_kv_heads,
-        tile_rows=kernels.tile_rows,
-        kv_tile=kernels.kv_tile,
-        causal=problem.causal,
-        num_workers=kernels.workers,
-        max_partial_rows=kernels.useful_partial_rows,
+    shape = planner.Shape(
+        kernels.tile_group,
+        kernels.tile_kv_heads,
+        kernels.tile_rows,
+        kernels.kv_tile,
+        problem.causal,
+        kernels.workers,
+        problem.window_left,
     )
+    rows = kernels.useful_partial_rows
+    work = planner.uniform_plan(shape, q_len=q_len, kv_len=kv_len, max_partial_rows=rows)
     return work, (q_len, kv_len, work.tiles, work.pieces, work.piece_len, int(problem.causal), problem.window_left)
 
 

@@ -91,7 +91,6 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             paged_kv_last_page_len_buffer,
         )
         self._use_tensor_cores = use_tensor_cores
-        self._queries = one_query_each(0)
 
     @property
     def use_tensor_cores(self) -> bool:
@@ -136,10 +135,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         dtype = common_dtype("float16" if q_data_type is None else q_data_type, kv_data_type)
         check_tensor("last_page_len", last_page_len, (None,), torch.int32)
         requests = last_page_len.shape[0]
-        if self._queries.tokens != requests:
-            self._queries = one_query_each(requests)
         self._plan_pages(
-            self._queries,
+            one_query_each(requests),
             indptr,
             indices,
             last_page_len,

@@ -23,6 +23,8 @@ from flashinfer_core.params import structure
 from flashinfer_core.planner import useful_partial_rows
 
 PARTIAL_ALIGNMENT = 256
+# Keys of a piece where a plan is deterministic: its partial rows are then about 2 % of the bytes of its keys.
+_FIXED_KEYS = 1024
 
 
 class _Key(NamedTuple):
@@ -145,6 +147,11 @@ class OwnPartial(NamedTuple):
 
     buffer: torch.Tensor
     place: Partial
+
+
+def fixed_piece(kv_tile: int) -> int:
+    """Return the key tiles of a piece of a deterministic plan."""
+    return max(1, _FIXED_KEYS // kv_tile)
 
 
 def partial_bytes(rows: int, head_dim: int) -> int:

@@ -1,16 +1,17 @@
 """The lengths of a batch in host memory, from whatever form the caller has them in.
 
-Everything here is a copy of our own, so that callers may reuse their tensors at once. Host tensors cost no
-synchronisation; tensors on a GPU are copied back, which waits.
+One call of the host extension checks and copies them all, so callers may reuse their tensors at once. Host tensors cost
+no synchronisation; tensors on a GPU are copied back, which waits.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Dict, NamedTuple, Optional
 
 import torch
 
 from flashinfer_attention.checks import refuse_capture
+from flashinfer_core import planner
 from flashinfer_core.errors import InvalidArgumentError
 from flashinfer_core.tensors import check_int32, check_integer, check_readable
 
@@ -18,59 +19,93 @@ _INT32_MAX = 2**31 - 1
 
 
 class Queries(NamedTuple):
-    """Queries of a batch: int32 [B + 1] on the host, their number, and those of the longest request."""
+    """How many queries each request has: int32 [B + 1], checked; None: one each."""
 
-    indptr: torch.Tensor
-    tokens: int
-    longest: int
+    indptr: Optional[torch.Tensor]
+    requests: int
 
 
 class Lengths(NamedTuple):
-    """All lengths of a batch. kv_indptr: int32 [B + 1]; kv_len: int32 [B]; entries: KV rows or table entries."""
+    """All lengths of a batch, our own copy.
 
-    queries: Queries
-    kv_indptr: torch.Tensor
-    kv_len: torch.Tensor
-    entries: int
+    host: int32 [3 B + 2], q_indptr, kv_indptr and kv_len one after another. facts: what they add up to. most_queries:
+    what no request of any batch has more of, as the caller says; None: he does not.
+    """
+
+    host: torch.Tensor
+    num_requests: int
+    facts: planner.Facts
+    most_queries: Optional[int]
 
     @property
-    def num_requests(self) -> int:
-        return self.kv_len.shape[0]
+    def tokens(self) -> int:
+        """Count the queries of all requests."""
+        return self.facts.tokens
+
+    @property
+    def entries(self) -> int:
+        """Count the rows, or the pages, of all requests."""
+        return self.facts.entries
+
+    @property
+    def addresses(self) -> Dict[str, int]:
+        """Return where the planner finds them."""
+        start, requests = self.host.data_ptr(), self.num_requests
+        return {
+            "q_indptr": start,
+            "kv_indptr": start + 4 * (requests + 1),
+            "kv_len": start + 8 * (requests + 1),
+            "num_requests": requests,
+        }
+
+    @property
+    def q_indptr(self) -> torch.Tensor:
+        """Return where the queries of each request begin: int32 [B + 1]."""
+        return self.host[: self.num_requests + 1]
+
+    @property
+    def kv_indptr(self) -> torch.Tensor:
+        """Return where the rows or pages of each request begin: int32 [B + 1]."""
+        return self.host[self.num_requests + 1 : 2 * self.num_requests + 2]
+
+    @property
+    def kv_len(self) -> torch.Tensor:
+        """Return the keys of each request: int32 [B]."""
+        return self.host[2 * self.num_requests + 2 :]
 
 
 def one_query_each(requests: int) -> Queries:
     """Return the queries of a decode batch."""
-    return Queries(torch.arange(requests + 1, dtype=torch.int32, device="cpu"), requests, 1)
+    return Queries(None, requests)
 
 
 def host_queries(q_indptr: torch.Tensor) -> Queries:
-    """Check and copy q_indptr, int32 [B + 1]. Whether it decreases is for the planner to see."""
+    """Check q_indptr, int32 [B + 1]. Whether it decreases is seen where it is read."""
     check_int32("q_indptr", q_indptr)
     if q_indptr.shape[0] == 0:
         raise InvalidArgumentError("q_indptr must have one element more than there are requests, got none")
-    own = _own("q_indptr", q_indptr)
-    longest = int((own[1:] - own[:-1]).max()) if own.shape[0] > 1 else 0
-    return Queries(own, int(own[-1]), longest)
+    return Queries(q_indptr, q_indptr.shape[0] - 1)
 
 
 def host_lengths(
-    q_indptr: torch.Tensor, kv_indptr: torch.Tensor, kv_len: Optional[torch.Tensor], page_size: Optional[int]
+    q_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_len: Optional[torch.Tensor],
+    page_size: Optional[int],
+    max_q_len: Optional[int] = None,
 ) -> Lengths:
     """Check and copy the lengths of the native operator; see `plan_attention`."""
     queries = host_queries(q_indptr)
-    requests = queries.indptr.shape[0] - 1
-    check_int32("kv_indptr", kv_indptr, requests + 1)
+    check_int32("kv_indptr", kv_indptr, queries.requests + 1)
     if page_size is not None:
         check_page_size(page_size)
-    if page_size is not None and kv_len is None:
-        raise InvalidArgumentError("kv_len is needed with pages: the last page of a request may be part full")
-    own = _own("kv_indptr", kv_indptr)
-    rows = own[1:] - own[:-1]
-    if kv_len is None:
-        return Lengths(queries, own, rows, int(own[-1]))
-    check_int32("kv_len", kv_len, requests)
-    lengths = Lengths(queries, own, _own("kv_len", kv_len), int(own[-1]))
-    _check_room(lengths.kv_len, rows, page_size or 1)
+        if kv_len is None:
+            raise InvalidArgumentError("kv_len is needed with pages: the last page of a request may be part full")
+    if kv_len is not None:
+        check_int32("kv_len", kv_len, queries.requests)
+    lengths = _read(queries, kv_indptr, kv_len, page_size or 1, last_pages=False, most_queries=max_q_len)
+    if max_q_len is not None and lengths.facts.longest > max_q_len:
+        raise InvalidArgumentError(f"a request has {lengths.facts.longest} queries, but max_q_len is {max_q_len}")
     return lengths
 
 
@@ -79,27 +114,11 @@ def paged_lengths(queries: Queries, indptr: torch.Tensor, last_page_len: torch.T
 
     Raises where a last page is empty or overfull; a request may have no page, and then that is not read.
     """
-    requests = queries.indptr.shape[0] - 1
-    check_int32("paged_kv_indptr", indptr, requests + 1)
-    check_int32("last_page_len", last_page_len, requests)
+    check_int32("paged_kv_indptr", indptr, queries.requests + 1)
+    check_int32("last_page_len", last_page_len, queries.requests)
     check_page_size(page_size)
-    own, last = _own("paged_kv_indptr", indptr), _on_host("last_page_len", last_page_len)
-    entries = int(own[-1])
-    pages = own[1:] - own[:-1]
-    if requests == 0:
-        return Lengths(queries, own, pages, entries)
-    keys = _keys(last, pages, page_size, entries)
-    low, high = torch.aminmax(last)
-    if int(pages.min()) > 0 and int(low) >= 1 and int(high) <= page_size:
-        return Lengths(queries, own, keys, entries)
-    wrong = (((last < 1) | (last > page_size)) & (pages > 0)).nonzero()
-    if wrong.numel():
-        request = int(wrong[0])
-        raise InvalidArgumentError(
-            f"last_page_len[{request}] must be from 1 to page_size={page_size}, got {int(last[request])}"
-        )
-    # Where indptr decreases the planner says so.
-    return Lengths(queries, own, torch.where(pages > 0, keys, 0), entries)
+    most = 1 if queries.indptr is None else None
+    return _read(queries, indptr, last_page_len, page_size, last_pages=True, most_queries=most)
 
 
 def check_page_size(page_size: int) -> None:
@@ -108,8 +127,29 @@ def check_page_size(page_size: int) -> None:
         raise InvalidArgumentError(f"page_size must be at least 1 and fit int32, got {page_size}")
 
 
-def _own(name: str, lengths: torch.Tensor) -> torch.Tensor:
-    return lengths.clone() if lengths.device.type == "cpu" else _on_host(name, lengths)
+def _read(
+    queries: Queries,
+    kv_indptr: torch.Tensor,
+    keys: Optional[torch.Tensor],
+    page_size: int,
+    *,
+    last_pages: bool,
+    most_queries: Optional[int],
+) -> Lengths:
+    q_indptr = None if queries.indptr is None else _on_host("q_indptr", queries.indptr)
+    kv_indptr = _on_host("kv_indptr", kv_indptr)
+    keys = None if keys is None else _on_host("last_page_len" if last_pages else "kv_len", keys)
+    own = torch.empty(3 * queries.requests + 2, dtype=torch.int32, device="cpu")
+    facts = planner.read_lengths(
+        q_indptr=0 if q_indptr is None else q_indptr.data_ptr(),
+        kv_indptr=kv_indptr.data_ptr(),
+        keys=0 if keys is None else keys.data_ptr(),
+        num_requests=queries.requests,
+        page_size=page_size,
+        last_pages=last_pages,
+        out=own.data_ptr(),
+    )
+    return Lengths(own, queries.requests, facts, most_queries)
 
 
 def _on_host(name: str, lengths: torch.Tensor) -> torch.Tensor:
@@ -118,25 +158,3 @@ def _on_host(name: str, lengths: torch.Tensor) -> torch.Tensor:
     check_readable(name, lengths)
     refuse_capture(lengths.device)
     return lengths.cpu()
-
-
-def _keys(last: torch.Tensor, pages: torch.Tensor, page_size: int, entries: int) -> torch.Tensor:
-    """Count the keys of each request; raise where a request has more than int32 holds."""
-    if entries * page_size <= _INT32_MAX:
-        return torch.add(last, pages, alpha=page_size).sub_(page_size)
-    keys = (pages.long() - 1) * page_size + last
-    if int(keys.max()) > _INT32_MAX:
-        request = int(keys.argmax())
-        raise InvalidArgumentError(f"request {request} has {int(keys[request])} keys, more than int32 holds")
-    return keys.int()
-
-
-def _check_room(kv_len: torch.Tensor, rows: torch.Tensor, page_size: int) -> None:
-    """Raise where a request has more keys than rows or pages; where kv_indptr decreases the planner says so."""
-    room = rows.long() * page_size
-    short = ((kv_len > room) & (room >= 0)).nonzero()
-    if short.numel():
-        request = int(short[0])
-        raise InvalidArgumentError(
-            f"request {request} has {int(kv_len[request])} keys, but kv_indptr gives it room for {int(room[request])}"
-        )

@@ -6,7 +6,8 @@ Planning happens on the host. Lengths in host memory cost no synchronisation; le
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional, Tuple, Union
+from functools import lru_cache
+from typing import Any, Optional, Tuple, Union
 
 import torch
 
@@ -15,6 +16,8 @@ from flashinfer_attention.launch import (
     Kernels,
     Partial,
     allocate_partial,
+    copied,
+    fixed_piece,
     load_kernels,
     place_partial,
     stream_of,
@@ -27,6 +30,9 @@ from flashinfer_core.errors import InvalidArgumentError
 from flashinfer_core.kernel import Kernel
 from flashinfer_core.page_table import check_pages, is_checked
 from flashinfer_core.tensors import KeyValue, check_tensor
+
+_INT32_MAX = 2**31 - 1
+_ANY_LENGTH = 1 << 20  # queries, beyond every tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +60,7 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Count the rows of q."""
-        return self.lengths.queries.tokens
+        return self.lengths.tokens
 
     def check_cache(self, kv: KeyValue, page_table: Optional[torch.Tensor]) -> None:
         """Raise unless the cache and its table can hold what was planned."""
@@ -77,7 +83,7 @@ class Plan:
             lengths = self.lengths
             check_pages(
                 page_table,
-                lengths.queries.indptr,
+                lengths.q_indptr,
                 lengths.kv_indptr,
                 lengths.kv_len,
                 page_size=self.page_size,
@@ -131,6 +137,7 @@ def plan_attention(
     window_left: int = -1,
     has_mask: bool = False,
     deterministic: bool = False,
+    max_q_len: Optional[int] = None,
     dtype: torch.dtype,
     kv_dtype: Optional[torch.dtype] = None,
     device: Union[torch.device, str],
@@ -143,8 +150,9 @@ def plan_attention(
     rows count. Lengths of 0 are legal, as is B = 0. head_dim_vo: columns of v and o; None: head_dim. causal: query i of
     a request sees keys up to i + kv_len - q_len. window_left: and from i + kv_len - q_len - window_left on, so it sees
     window_left + 1 keys; -1: no window. has_mask: calls bring a mask, which takes the place of causal. deterministic:
-    a request's result has the same bits whatever the batch around it. dtype: of q and o. kv_dtype: of k and v: that of
-    q, float8_e4m3fn or float8_e5m2; None: that of q. workspace: where the plan writes; None: allocated for this plan.
+    a request's result has the same bits whatever the batch around it, for the same max_q_len. max_q_len: what no
+    request of any batch has more queries than; None: any number. dtype: of q and o. kv_dtype: of k and v: that of q,
+    float8_e4m3fn or float8_e5m2; None: that of q. workspace: where the plan writes; None: allocated for this plan.
     Tensors on a GPU are copied to the host, which waits for the device; host tensors cost no synchronisation. Reads
     lengths before it returns. Raises InvalidArgumentError (lengths that decrease, head counts that do not divide),
     InvalidTypeError (lengths that are not int32), UnsupportedOptionError (dtype, head_dim), WorkspaceError.
@@ -162,7 +170,7 @@ def plan_attention(
         has_mask=has_mask,
         deterministic=deterministic,
     )
-    lengths = host_lengths(q_indptr, kv_indptr, kv_len, page_size)
+    lengths = host_lengths(q_indptr, kv_indptr, kv_len, page_size, max_q_len)
     return plan_lengths(problem, page_size, lengths, workspace)
 
 
@@ -171,15 +179,28 @@ def plan_lengths(
 ) -> Plan:
     """Plan lengths that are on the host already; the rest of `plan_attention`."""
     refuse_capture(problem.device)
-    kernels, partial, workspace = _room(problem, page_size, lengths, workspace)
-    work = _write(problem, lengths, kernels, partial)
-    fixes_now = workspace.fixed and workspace.frozen is None
-    uploaded = workspace.upload(work.host, work.used_bytes, work.host.numel() if fixes_now else work.used_bytes)
+    kernels = _kernels(problem, page_size, lengths, workspace)
+    shape = _shape(problem, kernels)
+    workspace, partial = _room(problem, kernels, shape, lengths, workspace)
+    frozen = workspace.frozen
+    limits = frozen.limits if frozen else _limits(shape, lengths)
+    slot = workspace.stage(limits.bytes)
+    counts = planner.plan(
+        shape,
+        **lengths.addresses,
+        max_partial_rows=partial.rows,
+        max_merges=limits.merges,
+        out=slot.buffer.data_ptr(),
+        out_bytes=limits.bytes,
+    )
+    fixes_now = workspace.fixed and frozen is None
+    uploaded = workspace.upload(slot, counts.used_bytes, limits.bytes if fixes_now else counts.used_bytes)
     if fixes_now:
-        workspace.freeze(Frozen(problem, page_size, kernels, partial), lengths.queries.tokens)
-    merges = work.num_merges
-    if workspace.fixed:
-        merges = kernels.workers - 1 if partial.rows > 0 else 0
+        workspace.freeze(Frozen(problem, page_size, kernels, partial, limits), lengths.tokens)
+    # What a captured graph does is decided on the device: another plan may bring tokens, and as many merges as fit.
+    merges = counts.num_merges if not workspace.fixed else limits.merges if partial.rows > 0 else 0
+    attention_params, merge_params = _params(problem, page_size, kernels)
+    _point(attention_params, merge_params, partial, uploaded.data_ptr(), kernels.workers, limits)
     return Plan(
         problem=problem,
         page_size=page_size,
@@ -187,73 +208,65 @@ def plan_lengths(
         workspace=workspace,
         lengths=lengths,
         checks_pages=is_checked(problem.device),
-        # What a captured graph does is decided on the device: another plan may bring tokens, and as many merges as
-        # there are cuts between workers.
-        is_empty=lengths.queries.tokens == 0 and not workspace.fixed,
+        is_empty=lengths.tokens == 0 and not workspace.fixed,
         merge_workers=kernels.merge_workers(merges),
-        attention_params=_attention_params(problem, page_size, kernels, partial, uploaded.data_ptr()),
-        merge_params=_merge_params(problem, kernels, partial, uploaded.data_ptr()),
+        attention_params=attention_params,
+        merge_params=merge_params,
         work=uploaded,
         generation=workspace.generation,
         partial=partial,
     )
 
 
-def _room(
-    problem: Problem, page_size: Optional[int], lengths: Lengths, workspace: Optional[Workspace]
-) -> Tuple[Kernels, Partial, Workspace]:
-    """Return the kernels, and where their partial results go: as a captured graph has them, else as is best."""
+def _kernels(problem: Problem, page_size: Optional[int], lengths: Lengths, workspace: Optional[Workspace]) -> Kernels:
+    """Return the kernels that a captured graph has, or else the best ones; for a deterministic plan, always the same.
+
+    Tiles of other sizes add up in another order, so the batch must not choose: what the caller says of all batches may.
+    """
     if workspace is not None and workspace.frozen is not None:
-        workspace.check_fits(problem, page_size, lengths.queries.tokens)
-        return workspace.frozen.kernels, workspace.frozen.partial, workspace
-    kernels = load_kernels(problem, lengths.queries.longest * problem.group)
+        workspace.check_fits(problem, page_size, lengths.tokens)
+        return workspace.frozen.kernels
+    longest = lengths.facts.longest
+    if problem.deterministic:
+        longest = _ANY_LENGTH if lengths.most_queries is None else lengths.most_queries
+    return load_kernels(problem, longest * problem.group)
+
+
+def _shape(problem: Problem, kernels: Kernels) -> planner.Shape:
+    return planner.Shape(
+        kernels.tile_group,
+        kernels.tile_kv_heads,
+        kernels.tile_rows,
+        kernels.kv_tile,
+        problem.causal,
+        kernels.workers,
+        problem.window_left,
+        fixed_piece(kernels.kv_tile) if problem.deterministic else 0,
+    )
+
+
+def _room(
+    problem: Problem, kernels: Kernels, shape: planner.Shape, lengths: Lengths, workspace: Optional[Workspace]
+) -> Tuple[Workspace, Partial]:
+    """Return where the partial results go: as a captured graph has them, else as is best."""
+    if workspace is not None and workspace.frozen is not None:
+        return workspace, workspace.frozen.partial
+    useful = _INT32_MAX if problem.deterministic else kernels.useful_partial_rows
     if workspace is None:
-        workspace = Workspace(allocate_partial(kernels.useful_partial_rows, problem.head_dim_vo, problem.device).buffer)
-    return kernels, place_partial(workspace.partial, problem.head_dim_vo, kernels.useful_partial_rows), workspace
+        rows = planner.fixed_rows(shape, **lengths.addresses) if problem.deterministic else useful
+        workspace = Workspace(allocate_partial(rows, problem.head_dim_vo, problem.device).buffer)
+    return workspace, place_partial(workspace.partial, problem.head_dim_vo, useful)
 
 
-class _Work(NamedTuple):
-    """A work list in host memory, pinned for a GPU."""
-
-    host: torch.Tensor
-    used_bytes: int
-    num_merges: int
+def _limits(shape: planner.Shape, lengths: Lengths) -> planner.PlanLimits:
+    return planner.plan_limits(shape, total_q=lengths.tokens, num_requests=lengths.num_requests)
 
 
-def _write(problem: Problem, lengths: Lengths, kernels: Kernels, partial: Partial) -> _Work:
-    bound = planner.plan_bytes(
-        total_q=lengths.queries.tokens,
-        num_requests=lengths.num_requests,
-        group=kernels.tile_group,
-        kv_heads=kernels.tile_kv_heads,
-        tile_rows=kernels.tile_rows,
-        num_workers=kernels.workers,
-    )
-    host = torch.empty(bound, dtype=torch.uint8, device="cpu", pin_memory=not problem.is_cpu)
-    counts = planner.plan(
-        q_indptr=lengths.queries.indptr.data_ptr(),
-        kv_indptr=lengths.kv_indptr.data_ptr(),
-        kv_len=lengths.kv_len.data_ptr(),
-        num_requests=lengths.num_requests,
-        group=kernels.tile_group,
-        kv_heads=kernels.tile_kv_heads,
-        tile_rows=kernels.tile_rows,
-        kv_tile=kernels.kv_tile,
-        causal=problem.causal,
-        num_workers=kernels.workers,
-        max_partial_rows=partial.rows,
-        out=host.data_ptr(),
-        out_bytes=bound,
-    )
-    return _Work(host, counts.used_bytes, counts.num_merges)
-
-
-def _attention_params(problem: Problem, page_size: Optional[int], kernels: Kernels, partial: Partial, work: int) -> Any:
-    return structures()[0](
-        partial_o=partial.o,
-        partial_lse=partial.lse,
-        items=work + planner.plan_offsets(kernels.workers).items,
-        worker_indptr=work,
+@lru_cache(maxsize=256)
+def _templates(problem: Problem, page_size: Optional[int], kernels: Kernels) -> Tuple[Any, Any]:
+    """Return the parameter structs of a plan without what each plan has of its own."""
+    attention_type, merge_type = structures()
+    attention = attention_type(
         kv_heads=problem.num_kv_heads,
         group=problem.group,
         head_dim=problem.head_dim,
@@ -262,17 +275,28 @@ def _attention_params(problem: Problem, page_size: Optional[int], kernels: Kerne
         causal=problem.causal,
         window_left=problem.window_left,
     )
-
-
-def _merge_params(problem: Problem, kernels: Kernels, partial: Partial, work: int) -> Any:
-    offsets = planner.plan_offsets(kernels.workers)
-    return structures()[1](
-        partial_o=partial.o,
-        partial_lse=partial.lse,
-        merges=work + offsets.merges,
-        num_merges=work + offsets.num_merges,
+    merge = merge_type(
         tile_rows=kernels.tile_rows,
         kv_heads=kernels.tile_kv_heads,
         group=kernels.tile_group,
         head_dim_vo=problem.head_dim_vo,
     )
+    return attention, merge
+
+
+def _params(problem: Problem, page_size: Optional[int], kernels: Kernels) -> Tuple[Any, Any]:
+    attention, merge = _templates(problem, page_size, kernels)
+    return copied(attention), copied(merge)
+
+
+def _point(
+    attention: Any, merge: Any, partial: Partial, work: int, num_workers: int, limits: planner.PlanLimits
+) -> None:
+    """Point the parameter structs to a work list and the partial results."""
+    offsets = planner.plan_offsets(num_workers, limits.merges)
+    attention.partial_o = merge.partial_o = partial.o
+    attention.partial_lse = merge.partial_lse = partial.lse
+    attention.worker_indptr = work
+    attention.items = work + offsets.items
+    merge.merges = work + offsets.merges
+    merge.num_merges = work + offsets.num_merges

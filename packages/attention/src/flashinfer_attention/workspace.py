@@ -14,6 +14,7 @@ import torch
 
 from flashinfer_attention.checks import Problem, check_heads, refuse
 from flashinfer_attention.launch import Kernels, Partial, partial_bytes
+from flashinfer_attention.staging import Slot, Staging
 from flashinfer_attention.variants import CPU_WORKERS_PER_THREAD, SHARED_LIMITS, Attention, choose
 from flashinfer_core import planner
 from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, WorkspaceError
@@ -27,6 +28,7 @@ class Frozen:
     page_size: Optional[int]
     kernels: Kernels
     partial: Partial
+    limits: planner.PlanLimits
 
 
 class Workspace:
@@ -63,16 +65,27 @@ class Workspace:
         self.generation = 0
         # Whoever runs on a CPU takes `partial` with this, or has a buffer of its own.
         self.partial_lock = threading.Lock()
+        self._staging = Staging()
         self._captured: List[Any] = []
 
-    def upload(self, host: torch.Tensor, used: int, needed: int) -> torch.Tensor:
-        """Copy `used` bytes of a plan from pinned memory to a buffer of at least `needed`; on a CPU, keep it there."""
-        self.host = host
-        if host.device == self.partial.device:
-            return host
+    def stage(self, size: int) -> Slot:
+        """Return host memory of `size` bytes or more for a plan, pinned unless the plan stays there."""
+        if self.partial.device.type == "cpu":
+            slot = Slot(torch.empty(size, dtype=torch.uint8, device="cpu"), None)
+        else:
+            slot = self._staging.take(size)
+        self.host = slot.buffer
+        return slot
+
+    def upload(self, slot: Slot, used: int, needed: int) -> torch.Tensor:
+        """Copy `used` bytes of a plan to a buffer of at least `needed`, asynchronously; on a CPU, keep it there."""
+        if slot.sent is None:
+            return slot.buffer
         buffer = self._reserve(needed)
         self.generation += 1
-        buffer[:used].copy_(host[:used], non_blocking=True)
+        buffer[:used].copy_(slot.buffer[:used], non_blocking=True)
+        device = buffer.device
+        slot.sent.record(torch.cuda.current_stream(device) if device.type == "cuda" else None)
         return buffer
 
     def _reserve(self, needed: int) -> torch.Tensor:

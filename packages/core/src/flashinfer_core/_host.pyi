@@ -5,6 +5,7 @@ from typing_extensions import Buffer
 class CudaError(RuntimeError): ...
 class CudaUnavailableError(CudaError): ...
 class BufferTooSmallError(ValueError): ...
+class PartialTooSmallError(ValueError): ...
 
 class CudaFunction:
     @property
@@ -24,35 +25,45 @@ def device_facts(device: int) -> dict[str, str | int | tuple[int, int]]: ...
 def cuda_load(payload: bytes, entry: str, device: int, threads: int, shared_bytes: int) -> CudaFunction: ...
 def cpu_load(payload: bytes) -> CpuFunction: ...
 def pool_threads() -> int: ...
+
+class PlanShape:
+    def __init__(
+        self,
+        group: int,
+        kv_heads: int,
+        tile_rows: int,
+        kv_tile: int,
+        causal: bool,
+        num_workers: int,
+        window_left: int,
+        fixed_piece: int,
+    ) -> None: ...
+
 def plan(
+    shape: PlanShape,
     q_indptr: int,
     kv_indptr: int,
     kv_len: int,
     num_requests: int,
-    group: int,
-    kv_heads: int,
-    tile_rows: int,
-    kv_tile: int,
-    causal: bool,
-    window_left: int,
-    num_workers: int,
     max_partial_rows: int,
+    max_merges: int,
     out: int,
     out_bytes: int,
 ) -> tuple[int, int, int, int]: ...
-def plan_offsets(num_workers: int) -> tuple[int, int, int, int]: ...
-def plan_bytes(total_q: int, num_requests: int, group: int, kv_heads: int, tile_rows: int, num_workers: int) -> int: ...
+def fixed_rows(shape: PlanShape, q_indptr: int, kv_indptr: int, kv_len: int, num_requests: int) -> int: ...
+def read_lengths(
+    q_indptr: int,
+    kv_indptr: int,
+    keys: int,
+    num_requests: int,
+    page_size: int,
+    last_pages: bool,
+    out: int,
+) -> tuple[int, int, int]: ...
+def plan_offsets(num_workers: int, max_merges: int) -> tuple[int, int, int, int]: ...
+def plan_limits(shape: PlanShape, total_q: int, num_requests: int) -> tuple[int, int]: ...
 def uniform_plan(
-    q_len: int,
-    kv_len: int,
-    group: int,
-    kv_heads: int,
-    tile_rows: int,
-    kv_tile: int,
-    causal: bool,
-    window_left: int,
-    num_workers: int,
-    max_partial_rows: int,
+    shape: PlanShape, q_len: int, kv_len: int, max_partial_rows: int
 ) -> tuple[int, int, int, int, int]: ...
 def bad_page(
     pages: int,

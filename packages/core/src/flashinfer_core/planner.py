@@ -13,6 +13,33 @@ from typing import Any, Callable, NamedTuple
 from flashinfer_core.errors import InvalidArgumentError, WorkspaceError
 
 
+class Shape(NamedTuple):
+    """What the kernels and the problem fix.
+
+    group: query heads of a KV head. tile_rows: packed rows of a tile. kv_tile: keys of a tile. causal: query i of a
+    request sees keys up to i + kv_len - q_len; window_left: and from window_left before that on, -1: from 0.
+    fixed_piece: key tiles of a piece, or more where the request alone says so: then pieces do not depend on what else
+    is in the batch. 0: pieces follow the workers' equal shares.
+    """
+
+    group: int
+    kv_heads: int
+    tile_rows: int
+    kv_tile: int
+    causal: bool
+    num_workers: int
+    window_left: int = -1
+    fixed_piece: int = 0
+
+
+class Facts(NamedTuple):
+    """What lengths add up to: queries of all requests and of the longest one, and rows or pages of all requests."""
+
+    tokens: int
+    longest: int
+    entries: int
+
+
 class PlanCounts(NamedTuple):
     """What one plan holds: work items, merges, rows of the partial buffers in use, bytes of its own buffer in use."""
 
@@ -20,6 +47,13 @@ class PlanCounts(NamedTuple):
     num_merges: int
     partial_rows: int
     used_bytes: int
+
+
+class PlanLimits(NamedTuple):
+    """What no plan of some maxima exceeds: merges, and bytes of its buffer with room for so many merges."""
+
+    merges: int
+    bytes: int
 
 
 class PlanOffsets(NamedTuple):
@@ -45,20 +79,28 @@ class UniformPlan(NamedTuple):
     partial_rows: int
 
 
+def read_lengths(
+    *, q_indptr: int, kv_indptr: int, keys: int, num_requests: int, page_size: int, last_pages: bool, out: int
+) -> Facts:
+    """Check the lengths of a batch, and write q_indptr, kv_indptr and kv_len, one after another, to `out`.
+
+    All are addresses of int32 in host memory. q_indptr: [num_requests + 1]; 0: each request has one query. kv_indptr:
+    [num_requests + 1], rows, or with pages entries of the page table. keys: [num_requests], the keys of each request,
+    or with last_pages those in its last page, not read where it has no page; 0: all rows count. page_size: 1 without
+    pages. out: [3 * num_requests + 2]. Raises InvalidArgumentError that names the request.
+    """
+    return Facts._make(_call(_host().read_lengths, q_indptr, kv_indptr, keys, num_requests, page_size, last_pages, out))
+
+
 def plan(
+    shape: Shape,
     *,
     q_indptr: int,
     kv_indptr: int,
     kv_len: int,
     num_requests: int,
-    group: int,
-    kv_heads: int,
-    tile_rows: int,
-    kv_tile: int,
-    causal: bool,
-    window_left: int = -1,
-    num_workers: int,
     max_partial_rows: int,
+    max_merges: int,
     out: int,
     out_bytes: int,
 ) -> PlanCounts:
@@ -66,56 +108,43 @@ def plan(
 
     q_indptr, kv_indptr: addresses of int32 [num_requests + 1] in host memory, tokens of q, and ragged rows or
     page-table entries. kv_len: address of int32 [num_requests], keys of each request.
-    group: query heads of a KV head. tile_rows: packed rows of a tile. kv_tile: keys of a tile. causal: query i of a
-    request sees keys up to i + kv_len - q_len; window_left: and from window_left before that on, -1: from 0.
     max_partial_rows: rows that the partial buffers have; fewer than `useful_partial_rows` only make the pieces less
-    equal, and 0 means that no tile is split.
+    equal, and 0 means that no tile is split. max_merges: for which `plan_offsets` leaves room.
     Raises InvalidArgumentError for lengths that decrease or are negative, WorkspaceError where `out_bytes` is less
-    than the plan may take (`plan_bytes` always suffices); nothing is written then.
+    than the plan may take (those of `plan_limits` always suffice), or where pieces of fixed length need more partial
+    rows than there are; nothing is written then.
     The schedule is stream-K (Osama et al. 2023, arXiv:2301.03598), over keys.
     """
     return PlanCounts._make(
         _call(
-            _host().plan, q_indptr, kv_indptr, kv_len, num_requests, group, kv_heads, tile_rows, kv_tile, causal,
-            window_left, num_workers, max_partial_rows, out, out_bytes,
+            _host().plan, _native(shape), q_indptr, kv_indptr, kv_len, num_requests, max_partial_rows, max_merges, out,
+            out_bytes,
         )
     )  # fmt: skip
 
 
-def uniform_plan(
-    *,
-    q_len: int,
-    kv_len: int,
-    group: int,
-    kv_heads: int,
-    tile_rows: int,
-    kv_tile: int,
-    causal: bool,
-    window_left: int = -1,
-    num_workers: int,
-    max_partial_rows: int,
-) -> UniformPlan:
+def fixed_rows(shape: Shape, *, q_indptr: int, kv_indptr: int, kv_len: int, num_requests: int) -> int:
+    """Return the rows of the partial buffers that pieces of fixed length need; arguments as `plan`."""
+    return int(_call(_host().fixed_rows, _native(shape), q_indptr, kv_indptr, kv_len, num_requests))
+
+
+def plan_limits(shape: Shape, *, total_q: int, num_requests: int) -> PlanLimits:
+    """Return what no plan for at most `total_q` tokens of q in `num_requests` requests exceeds."""
+    return PlanLimits._make(_call(_host().plan_limits, _native(shape), total_q, num_requests))
+
+
+@lru_cache(maxsize=None)
+def plan_offsets(num_workers: int, max_merges: int) -> PlanOffsets:
+    """Return where the parts of a plan's buffer begin."""
+    return PlanOffsets._make(_host().plan_offsets(num_workers, max_merges))
+
+
+def uniform_plan(shape: Shape, *, q_len: int, kv_len: int, max_partial_rows: int) -> UniformPlan:
     """Split one request into equal pieces that fill the workers; needs no memory on the device.
 
     Arguments are as in `plan`. Raises InvalidArgumentError for negative lengths.
     """
-    return UniformPlan._make(
-        _call(
-            _host().uniform_plan, q_len, kv_len, group, kv_heads, tile_rows, kv_tile, causal, window_left, num_workers,
-            max_partial_rows,
-        )
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=None)
-def plan_offsets(num_workers: int) -> PlanOffsets:
-    """Return where the parts of a plan's buffer begin; this depends on the number of workers only."""
-    return PlanOffsets._make(_host().plan_offsets(num_workers))
-
-
-def plan_bytes(*, total_q: int, num_requests: int, group: int, kv_heads: int, tile_rows: int, num_workers: int) -> int:
-    """Return the bytes that no plan for at most `total_q` tokens of q in `num_requests` requests exceeds."""
-    return int(_host().plan_bytes(total_q, num_requests, group, kv_heads, tile_rows, num_workers))
+    return UniformPlan._make(_call(_host().uniform_plan, _native(shape), q_len, kv_len, max_partial_rows))
 
 
 def useful_partial_rows(tile_rows: int, num_workers: int) -> int:
@@ -126,18 +155,30 @@ def useful_partial_rows(tile_rows: int, num_workers: int) -> int:
     return 2 * (num_workers - 1) * tile_rows
 
 
+@lru_cache(maxsize=4096)
+def _native(shape: Shape) -> Any:
+    try:
+        return _host().PlanShape(*shape)
+    except TypeError as error:  # an integer beyond its C++ type arrives as this
+        raise InvalidArgumentError(f"an argument is not an integer that fits: {error}") from None
+
+
 def _host() -> Any:
     from flashinfer_core import _host  # not above: importing the planner loads no extension
 
     return _host
 
 
-def _call(function: Callable[..., Any], *arguments: int) -> Any:
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except ValueError as error:
         if isinstance(error, _host().BufferTooSmallError):
-            raise WorkspaceError(str(error), remedy="size it with plan_bytes for the largest batch") from None
+            raise WorkspaceError(str(error), remedy="size it with plan_limits for the largest batch") from None
+        if isinstance(error, _host().PartialTooSmallError):
+            raise WorkspaceError(
+                str(error), remedy="size it with workspace_bytes(deterministic=True) for the largest batch"
+            ) from None
         raise InvalidArgumentError(str(error)) from None
     except TypeError as error:  # an integer beyond its C++ type arrives as this
         raise InvalidArgumentError(f"an argument is not an integer that fits: {error}") from None

@@ -1,29 +1,14 @@
-// From lengths to work: a stream-K schedule over tiles of packed rows.
+// From lengths to work: a stream-K schedule over tiles of packed rows, made by one thread or by a CTA.
 //
-// All tiles are laid end to end, each as long as its key tiles plus one for starting it; the whole is cut into equal
-// ranges, one for each worker. So at most workers - 1 tiles are cut, whatever the batch, and buffers follow from
-// maxima. Plain functions: g++ compiles them for lengths on the host, NVRTC for lengths on the device.
+// Sums over requests say where each worker's range ends, the ends say where tiles are cut, and with the cuts known each
+// tile's items have their place: every step is dealt to a team, and the plan is the same whatever the team. At most
+// workers - 1 tiles are cut, whatever the batch, so buffers follow from maxima; fixed pieces are bounded by the
+// request.
 #pragma once
 
-#include "core/tiles.h"
-#include "core/work.h"
+#include "core/plan_writer.h"
 
 namespace flashinfer {
-
-struct PlanLengths {
-  const int32_t* q_indptr;   // [requests + 1]
-  const int32_t* kv_indptr;  // [requests + 1]: ragged rows or page-table entries
-  const int32_t* kv_len;     // [requests]
-  int32_t num_requests;
-};
-
-struct PlanBuffers {
-  int32_t* worker_indptr;  // [workers + 1], into items
-  int32_t* num_merges;     // [1]
-  MergeItem* merges;       // [workers]
-  int32_t* arrivals;       // [workers], of each merge: 0 when the plan arrives; who counts in it leaves 0 behind
-  WorkItem* items;         // [tiles of all requests and heads + workers - 1]
-};
 
 struct PlanCounts {
   int32_t items;
@@ -31,219 +16,127 @@ struct PlanCounts {
   int32_t pieces;  // of all cut tiles; each holds tile_rows rows of the partial buffers
 };
 
-// One tile of one KV head, and what it costs: `key_tiles`, plus one for starting it.
-struct PlanTile {
-  int32_t request, q_start, q_len, kv_start, kv_len, kv_head, row_begin;
-  TileKeys keys;
-  int32_t key_tiles;
-};
-
-FLASHINFER_HOST_DEVICE inline PlanTile tile_at(const PlanShape& shape, const PlanLengths& lengths, int32_t request,
-                                               int32_t tile) {
-  PlanTile t;
-  t.request = request;
-  t.q_start = lengths.q_indptr[request];
-  t.q_len = lengths.q_indptr[request + 1] - t.q_start;
-  t.kv_start = lengths.kv_indptr[request];
-  t.kv_len = lengths.kv_len[request];
-  t.kv_head = 0;
-  t.row_begin = tile * shape.tile_rows;
-  t.keys = tile_keys(shape, t.q_len, t.kv_len, t.row_begin);
-  t.key_tiles = t.keys.count();
-  return t;
+// Cuts tiles at the ends of workers: fills scratch.cuts and worker_indptr.
+template <class Team>
+FLASHINFER_HOST_DEVICE CutCounts cut_at_workers(const Team& team, const PlanShape& shape, const PlanScratch& scratch,
+                                                const PlanBuffers& out) {
+  const int64_t quantum = fitting_quantum(team, shape.num_workers, scratch.ends, out.max_pieces);
+  const Range mine = share_of(team, shape.num_workers);
+  const CutCounts own = cut_share(mine, scratch.ends, quantum, [](int32_t, bool, int32_t, const CutCounts&) {});
+  const CutCounts earlier = team.exclusive(own);
+  cut_share(mine, scratch.ends, quantum, [&](int32_t worker, bool cuts, int32_t at, const CutCounts& through) {
+    const WorkerEnd& end = scratch.ends[worker];
+    const int32_t index = earlier.cuts + through.cuts;
+    if (cuts) scratch.cuts[index - 1] = PlanCut{end.tile, at, earlier.merges + through.merges - 1};
+    out.worker_indptr[worker + 1] = end.tile + index + (end.offset > 0 && at >= end.span);
+  });
+  return team.total(own);
 }
 
-FLASHINFER_HOST_DEVICE inline int64_t total_cost(const PlanShape& shape, const PlanLengths& lengths) {
-  int64_t cost = 0;
-  for (int32_t request = 0; request < lengths.num_requests; ++request) {
-    const int32_t q_len = lengths.q_indptr[request + 1] - lengths.q_indptr[request];
-    const int32_t tiles = tiles_of(q_len, shape.group, shape.tile_rows);
-    for (int32_t tile = 0; tile < tiles; ++tile) cost += tile_at(shape, lengths, request, tile).key_tiles + 1;
-  }
-  return cost * shape.kv_heads;
+FLASHINFER_HOST_DEVICE inline PlanPlace fixed_place(const PlanShape& shape, const PlanRequest& r,
+                                                    const PlanSums& before, int32_t kv_head, int32_t tile) {
+  PlanSums head, inner;
+  add_fixed(shape, r, r.tiles, head);
+  add_fixed(shape, r, tile, inner);
+  return {before.items + kv_head * head.items + inner.items, before.pieces + kv_head * head.pieces + inner.pieces,
+          before.merges + kv_head * head.merges + inner.merges};
 }
 
-// The end of each worker's range of the total cost. Ranges differ by at most one.
-struct WorkerRanges {
-  int64_t share;
-  int64_t longer;  // this many first workers take one more
-
-  FLASHINFER_HOST_DEVICE WorkerRanges(int64_t total, int32_t workers)
-      : share(total / workers), longer(total % workers) {}
-
-  FLASHINFER_HOST_DEVICE int64_t end_of(int32_t worker) const {
-    const int64_t through = int64_t(worker) + 1;
-    return through * share + (through < longer ? through : longer);
+// Deals fixed pieces to the workers: fills worker_indptr.
+template <class Team>
+FLASHINFER_HOST_DEVICE void deal_fixed(const Team& team, const PlanShape& shape, const PlanLengths& lengths,
+                                       const PlanScratch& scratch, const PlanBuffers& out) {
+  const Range mine = share_of(team, shape.num_workers);
+  for (int32_t worker = mine.begin; worker < mine.end; ++worker) {
+    const WorkerEnd& end = scratch.ends[worker];
+    int32_t items = 0;
+    if (end.offset > 0) {
+      const PlanRequest r = request_at(shape, lengths, end.request);
+      const int32_t tile = end.tile - scratch.before[end.request].tiles;
+      const int32_t piece = fixed_piece(shape, r), at = cut_at(end, piece);
+      items = fixed_place(shape, r, scratch.before[end.request], tile / r.tiles, tile % r.tiles).item +
+              (at < end.span ? at / piece : pieces_of(end.span, piece));
+    }
+    out.worker_indptr[worker + 1] = items;
   }
-};
+}
 
-// Takes what `cut` decides and only counts it.
-struct PlanCounter {
-  PlanCounts counts = {0, 0, 0};
-
-  FLASHINFER_HOST_DEVICE void whole(const PlanTile&, int32_t heads) { counts.items += heads; }
-  FLASHINFER_HOST_DEVICE void piece(const PlanTile&, int32_t, int32_t) {
-    ++counts.items;
-    ++counts.pieces;
+// Writes the tiles of one request from `tile` of it on, at most `count`, and returns how many.
+FLASHINFER_HOST_DEVICE inline int32_t write_some(const PlanWriter& writer, const PlanRequest& r, int32_t request,
+                                                 int32_t tile, int32_t count, const PlanScratch& scratch,
+                                                 const PlanCut* cut, const PlanCut* last, int32_t& cuts) {
+  const PlanShape& shape = writer.shape;
+  const PlanSums& before = scratch.before[request];
+  const bool alone = r.tiles == 1;  // as in decode: then all heads have the same tile
+  const int32_t kv_head = alone ? tile : tile / r.tiles;
+  const int32_t inner = alone ? 0 : tile % r.tiles;
+  const TileKeys keys = tile_keys(shape, r, inner);
+  const WorkItem item = PlanWriter::item(r, request, kv_head, inner * shape.tile_rows);
+  if (shape.fixed_piece > 0) {
+    writer.write_fixed(item, keys, fixed_piece(shape, r), fixed_place(shape, r, before, kv_head, inner));
+    return 1;
   }
-  FLASHINFER_HOST_DEVICE void merge(const PlanTile&, int32_t) { ++counts.merges; }
-  FLASHINFER_HOST_DEVICE void end_worker(int32_t) {}
-};
+  const int32_t index = before.tiles + tile;
+  const int32_t done = int32_t(cut - scratch.cuts);
+  if (cut < last && cut->tile == index) {
+    cuts = writer.write_cut(item, keys, cut, last, PlanPlace{index + done, done + cut->merge, cut->merge});
+    return 1;
+  }
+  if (!alone) count = 1;
+  if (cut < last) count = smaller(count, cut->tile - index);
+  writer.write_whole(item, keys, count, index + done);
+  return count;
+}
 
-// Takes what `cut` decides and writes it.
-struct PlanWriter {
-  PlanShape shape;
-  PlanBuffers out;
-  PlanCounts counts = {0, 0, 0};
+template <class Team>
+FLASHINFER_HOST_DEVICE void write_tiles(const Team& team, const PlanShape& shape, const PlanLengths& lengths,
+                                        const PlanScratch& scratch, int32_t num_cuts, const PlanBuffers& out) {
+  const PlanWriter writer = {shape, out};
+  const PlanSums* const before = scratch.before;
+  const Range mine = share_of(team, before[lengths.num_requests].tiles);
+  const PlanCut* const last = scratch.cuts + num_cuts;
+  const PlanCut* cut =
+      scratch.cuts + first_where(0, num_cuts, [&](int32_t i) { return scratch.cuts[i].tile >= mine.begin; });
+  int32_t request = 0;
+  for (int32_t index = mine.begin; index < mine.end;) {
+    request = first_where(request, lengths.num_requests, [=](int32_t i) { return before[i + 1].tiles > index; });
+    const PlanRequest r = request_at(shape, lengths, request);
+    const int32_t end = smaller(before[request + 1].tiles, mine.end);
+    while (index < end) {
+      int32_t cuts = 0;
+      index += write_some(writer, r, request, index - before[request].tiles, end - index, scratch, cut, last, cuts);
+      cut += cuts;
+    }
+  }
+}
 
-  FLASHINFER_HOST_DEVICE PlanWriter(const PlanShape& s, const PlanBuffers& buffers) : shape(s), out(buffers) {
+// What the plan of a batch with these sums may take at most.
+FLASHINFER_HOST_DEVICE inline PlanCounts most_counts(const PlanShape& shape, const PlanSums& sums, int32_t max_pieces) {
+  if (shape.fixed_piece > 0) return {sums.items, sums.merges, sums.pieces};
+  const int32_t cuts = smaller(shape.num_workers - 1, max_pieces > 0 ? max_pieces - 1 : 0);
+  return {sums.tiles + cuts, smaller(cuts, max_pieces / 2), smaller(2 * cuts, max_pieces)};
+}
+
+// Writes the plan of a batch that has been summed. The caller has seen that `most_counts` fit.
+template <class Team>
+FLASHINFER_HOST_DEVICE PlanCounts write_plan(const Team& team, const PlanShape& shape, const PlanLengths& lengths,
+                                             const PlanSums& sums, const PlanScratch& scratch, const PlanBuffers& out) {
+  find_ends(team, shape, lengths, sums.cost, scratch);
+  PlanCounts counts = {sums.items, sums.merges, sums.pieces};
+  int32_t num_cuts = 0;
+  if (shape.fixed_piece > 0) {
+    deal_fixed(team, shape, lengths, scratch, out);
+  } else {
+    const CutCounts cuts = cut_at_workers(team, shape, scratch, out);
+    num_cuts = cuts.cuts;
+    counts = {sums.tiles + cuts.cuts, cuts.merges, cuts.pieces()};
+  }
+  if (team.index() == 0) {
     out.worker_indptr[0] = 0;
-    for (int32_t i = 0; i < s.num_workers; ++i) out.arrivals[i] = 0;
+    *out.num_merges = counts.merges;
   }
-
-  FLASHINFER_HOST_DEVICE static WorkItem item(const PlanTile& t, int32_t kv_begin, int32_t kv_end, int32_t partial,
-                                              int32_t merge) {
-    return WorkItem{t.q_start, t.q_len, t.kv_start, t.kv_len,  t.kv_head, t.row_begin,
-                    kv_begin,  kv_end,  partial,    t.request, merge,     0};
-  }
-  // The first key of key tile `index` of those that the tile sees.
-  FLASHINFER_HOST_DEVICE int32_t begin_of(const PlanTile& t, int32_t index) const {
-    return (t.keys.begin + index) * shape.kv_tile;
-  }
-  FLASHINFER_HOST_DEVICE void whole(const PlanTile& t, int32_t heads) {
-    WorkItem* const to = out.items + counts.items;
-    PlanTile each = t;
-    for (int32_t i = 0; i < heads; ++i, ++each.kv_head) to[i] = item(each, begin_of(t, 0), t.keys.visible, -1, -1);
-    counts.items += heads;
-  }
-  FLASHINFER_HOST_DEVICE void piece(const PlanTile& t, int32_t first, int32_t last) {
-    const int32_t kv_end = last == t.key_tiles ? t.keys.visible : begin_of(t, last);
-    const int32_t partial = counts.pieces++ * shape.tile_rows;
-    out.items[counts.items++] = item(t, begin_of(t, first), kv_end, partial, counts.merges);
-  }
-  FLASHINFER_HOST_DEVICE void merge(const PlanTile& t, int32_t pieces) {
-    const int32_t rows = smaller(shape.tile_rows, t.q_len * shape.group - t.row_begin);
-    const int32_t partial = (counts.pieces - pieces) * shape.tile_rows;
-    out.merges[counts.merges++] = MergeItem{t.q_start, t.q_len, t.kv_head, t.row_begin, rows, partial, pieces, 0};
-  }
-  FLASHINFER_HOST_DEVICE void end_worker(int32_t worker) { out.worker_indptr[worker + 1] = counts.items; }
-};
-
-// Walks the tiles in order and hands each to `sink`, whole or in pieces, between the ends of workers.
-//
-// A cut falls on the multiple of `quantum` key tiles (of its own tile) that is nearest to the end of the worker's
-// range, and becomes no cut where that is the tile's start or end. A worker's load, in key tiles plus one for each of
-// its items, so is at most ceil(total / workers) + 1, plus `quantum` where that is more than 1.
-template <typename Sink>
-struct PlanCutter {
-  Sink& sink;
-  WorkerRanges ranges;
-  int32_t num_workers;
-  int64_t quantum;
-  int32_t worker = 0;
-  int64_t range_end;
-  int64_t position = 0;  // start of the current tile
-
-  FLASHINFER_HOST_DEVICE PlanCutter(Sink& s, int64_t total, int32_t workers, int32_t cut_quantum)
-      : sink(s), ranges(total, workers), num_workers(workers), quantum(cut_quantum), range_end(ranges.end_of(0)) {}
-
-  FLASHINFER_HOST_DEVICE void end_worker() {
-    sink.end_worker(worker);
-    range_end = ranges.end_of(++worker);
-  }
-
-  // Places `t` and the same tile of the `heads` - 1 KV heads after it.
-  FLASHINFER_HOST_DEVICE void place(PlanTile t, int32_t heads) {
-    const int64_t cost = int64_t(t.key_tiles) + 1;
-    for (const int32_t end = t.kv_head + heads; t.kv_head < end;) {
-      while (range_end <= position) end_worker();
-      const int64_t room = range_end - position;
-      const int32_t wanted = end - t.kv_head;
-      const int32_t run = wanted * cost <= room ? wanted : int32_t(room / cost);
-      if (run > 0) {
-        sink.whole(t, run);
-      } else {
-        cut(t, position, position + cost);
-      }
-      const int32_t placed = run > 0 ? run : 1;
-      position += placed * cost;
-      t.kv_head += placed;
-    }
-  }
-
-  FLASHINFER_HOST_DEVICE void cut(const PlanTile& t, int64_t begin, int64_t end) {
-    int32_t done = 0;
-    int32_t pieces = 0;
-    for (; range_end < end; end_worker()) {
-      int64_t nearest = range_end - begin - 1;
-      if (quantum > 1) nearest = (nearest + quantum / 2) / quantum * quantum;
-      if (nearest >= t.key_tiles) break;
-      if (nearest <= done) continue;
-      sink.piece(t, done, int32_t(nearest));
-      done = int32_t(nearest);
-      ++pieces;
-    }
-    if (pieces == 0) {
-      sink.whole(t, 1);
-    } else {
-      sink.piece(t, done, t.key_tiles);
-      sink.merge(t, pieces + 1);
-    }
-  }
-
-  FLASHINFER_HOST_DEVICE void finish() {
-    while (worker < num_workers) end_worker();
-  }
-};
-
-template <typename Sink>
-FLASHINFER_HOST_DEVICE void cut(const PlanShape& shape, const PlanLengths& lengths, int64_t total, int32_t quantum,
-                                Sink& sink) {
-  PlanCutter<Sink> cutter(sink, total, shape.num_workers, quantum);
-  for (int32_t request = 0; request < lengths.num_requests; ++request) {
-    const int32_t q_len = lengths.q_indptr[request + 1] - lengths.q_indptr[request];
-    const int32_t tiles = tiles_of(q_len, shape.group, shape.tile_rows);
-    // A request of one tile, as in decode, has the same tile for every head.
-    const int32_t heads_at_once = tiles == 1 ? shape.kv_heads : 1;
-    for (int32_t kv_head = 0; kv_head < shape.kv_heads; kv_head += heads_at_once) {
-      for (int32_t tile = 0; tile < tiles; ++tile) {
-        PlanTile t = tile_at(shape, lengths, request, tile);
-        t.kv_head = kv_head;
-        cutter.place(t, heads_at_once);
-      }
-    }
-  }
-  cutter.finish();
-}
-
-// The smallest quantum found, by bisection, whose pieces fit `max_pieces`: splits adapt to the buffer that is given.
-FLASHINFER_HOST_DEVICE inline int32_t fitting_quantum(const PlanShape& shape, const PlanLengths& lengths, int64_t total,
-                                                      int32_t max_pieces) {
-  if (max_pieces / 2 >= shape.num_workers - 1) return 1;
-  int32_t longest = 1;
-  for (int32_t request = 0; request < lengths.num_requests; ++request) {
-    const int32_t key_tiles = ceil_div(lengths.kv_len[request], shape.kv_tile);
-    if (key_tiles > longest) longest = key_tiles;
-  }
-  int32_t too_small = 0;
-  int32_t fits = longest;  // cuts nothing
-  while (fits - too_small > 1) {
-    const int32_t middle = too_small + (fits - too_small) / 2;
-    PlanCounter counter;
-    cut(shape, lengths, total, middle, counter);
-    (counter.counts.pieces <= max_pieces ? fits : too_small) = middle;
-  }
-  return fits;
-}
-
-FLASHINFER_HOST_DEVICE inline PlanCounts plan(const PlanShape& shape, const PlanLengths& lengths,
-                                              int32_t max_partial_rows, const PlanBuffers& out) {
-  const int64_t total = total_cost(shape, lengths);
-  const int32_t quantum = fitting_quantum(shape, lengths, total, max_partial_rows / shape.tile_rows);
-  PlanWriter writer(shape, out);
-  cut(shape, lengths, total, quantum, writer);
-  *out.num_merges = writer.counts.merges;
-  return writer.counts;
+  write_tiles(team, shape, lengths, scratch, num_cuts, out);
+  return counts;
 }
 
 }  // namespace flashinfer
