@@ -49,7 +49,7 @@ class Event:
     def query(self) -> bool:
         return self.done
 
-    def record(self, stream: Any = None) -> None:
+    def record(self, _stream: Any = None) -> None:
         self.done = False
 
 
