@@ -89,6 +89,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(reuse_venv=True)
+def images(session: nox.Session) -> None:
+    """Print what each GPU image takes of its chip: registers, spills, shared memory, occupancy; `-- --write FILE`."""
+    session.install(_facts(session)["nvrtc"], *_group("build"))
+    session.run("python", "-m", "ci.images", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
 def lint(session: nox.Session) -> None:
     """Check style and spelling of Python, C++, CUDA and shell."""
     session.install(*_group("lint"))
