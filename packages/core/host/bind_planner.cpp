@@ -77,6 +77,8 @@ void bind_planner(py::module_& m) {
         "Write the plan of a batch to `out`; return (num_items, num_merges, partial_rows, used_bytes).");
   m.def("fixed_rows", &rows_needed, "shape"_a, "q_indptr"_a, "kv_indptr"_a, "kv_len"_a, "num_requests"_a,
         "Return the rows of the partial buffers that pieces of fixed length need.");
+  m.def("most_fixed_rows", &most_fixed_rows, "shape"_a, "max_q_len"_a, "max_kv_len"_a,
+        "Return what fixed_rows gives at most for one request of these maxima.");
   m.def("read_lengths", &read_tuple, "q_indptr"_a, "kv_indptr"_a, "keys"_a, "num_requests"_a, "page_size"_a,
         "last_pages"_a, "out"_a,
         "Check lengths, write q_indptr, kv_indptr and kv_len to `out`; return (tokens, longest, entries).");

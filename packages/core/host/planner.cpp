@@ -211,6 +211,21 @@ int64_t fixed_rows(const PlanShape& shape, const PlanLengths& lengths) {
   return int64_t(sum_requests(OneThread{}, shape, lengths, scratch.place).pieces) * shape.tile_rows;
 }
 
+int64_t most_fixed_rows(const PlanShape& shape, int32_t max_q_len, int32_t max_kv_len) {
+  check_shape(shape);
+  check_within("max_q_len", max_q_len, (kInt32Max - shape.tile_rows) / shape.group);
+  check_within("max_kv_len", max_kv_len, kInt32Max - shape.kv_tile);
+  const int32_t most_tiles = tiles_of(max_q_len, shape.group, shape.tile_rows);
+  const int32_t most_pieces = ceil_div(max_kv_len, shape.kv_tile * std::max(shape.fixed_piece, 1));
+  int64_t most = 0;
+  for (int32_t tiles = 1; tiles <= most_tiles; ++tiles) {
+    const int64_t pieces = std::min<int64_t>(kMostFixedItems / (int64_t(tiles) * shape.kv_heads), most_pieces);
+    if (kMostFixedItems / (int64_t(tiles) * shape.kv_heads) < 2) break;
+    if (pieces > 1) most = std::max(most, tiles * shape.kv_heads * pieces * shape.tile_rows);
+  }
+  return most;
+}
+
 UniformResult uniform_plan(const PlanShape& shape, int32_t q_len, int32_t kv_len, int64_t max_partial_rows) {
   check_shape(shape);
   const int64_t max_pieces = checked_pieces(max_partial_rows, shape.tile_rows);

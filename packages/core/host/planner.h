@@ -56,6 +56,9 @@ PlanResult plan(const PlanShape& shape, const PlanLengths& lengths, int64_t max_
 // Rows of the partial buffers that pieces of fixed length need.
 int64_t fixed_rows(const PlanShape& shape, const PlanLengths& lengths);
 
+// What fixed_rows gives at most for one request of these maxima.
+int64_t most_fixed_rows(const PlanShape& shape, int32_t max_q_len, int32_t max_kv_len);
+
 // `work` with equal pieces so many that kv_heads * tiles * pieces fills the workers well.
 UniformResult uniform_plan(const PlanShape& shape, int32_t q_len, int32_t kv_len, int64_t max_partial_rows);
 

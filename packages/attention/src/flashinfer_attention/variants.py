@@ -52,10 +52,20 @@ class Support(NamedTuple):
 
 
 _CUDA_OPTIONS = frozenset(
-    ("window_left", "mask", "logits_soft_cap", "alibi", "sinks", "v_scale", "scale_tensors", "head_dim_vo")
+    (
+        "window_left",
+        "mask",
+        "logits_soft_cap",
+        "alibi",
+        "sinks",
+        "v_scale",
+        "scale_tensors",
+        "head_dim_vo",
+        "deterministic",
+    )
 )
 SUPPORT = {
-    "cpu": Support("CPUs", CPU_DTYPES, tuple(range(8, CPU_MAX_HEAD_DIM + 1, 8)), frozenset()),
+    "cpu": Support("CPUs", CPU_DTYPES, tuple(range(8, CPU_MAX_HEAD_DIM + 1, 8)), frozenset(("deterministic",))),
     "cuda": Support("GPUs", ("f16", "bf16"), tuple(range(8, CUDA_MAX_HEAD_DIM + 1, 8)), _CUDA_OPTIONS),
 }
 

@@ -13,9 +13,9 @@ from typing import Any, List, Optional, Union
 import torch
 
 from flashinfer_attention.checks import Problem, check_heads, refuse
-from flashinfer_attention.launch import Kernels, Partial, partial_bytes
+from flashinfer_attention.launch import Kernels, Partial, fixed_piece, partial_bytes
 from flashinfer_attention.staging import Slot, Staging
-from flashinfer_attention.variants import CPU_WORKERS_PER_THREAD, SHARED_LIMITS, Attention, choose
+from flashinfer_attention.variants import CPU_WORKERS_PER_THREAD, SHARED_LIMITS, AnyAttention, Attention, choose
 from flashinfer_core import planner
 from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, WorkspaceError
 
@@ -171,12 +171,17 @@ def workspace_bytes(
     head_dim: int,
     head_dim_vo: Optional[int] = None,
     max_q_len: int = 1,
+    deterministic: bool = False,
+    max_requests: int = 1,
+    max_kv_len: int = 1,
     device: Union[torch.device, str] = "cuda",
     num_sms: Optional[int] = None,
 ) -> int:
     """Return the bytes of partial buffer beyond which no plan of these maxima splits any better.
 
     It does not depend on batch size or KV lengths: pieces are bounded by the workers. Less is legal and costs splits.
+    A deterministic plan splits each request by itself, so its bytes depend on max_requests and max_kv_len too, and with
+    less it may fail; max_q_len is then the one given to `plan_attention`.
     num_sms: streaming multiprocessors of the GPU, or threads of the CPU; None: those of `device`. With it given nothing
     is asked of a GPU. Raises InvalidArgumentError, UnsupportedOptionError.
     """
@@ -196,11 +201,24 @@ def workspace_bytes(
         choose(target, dtype="f16", kv_dtype="f16", head_dim=head_dim, head_dim_vo=vo, max_rows=rows_of)
         for target in (("x86_64_v2",) if problem.is_cpu else SHARED_LIMITS)
     ]
-    rows = [
-        planner.useful_partial_rows(
-            variant.tile_rows,
-            num_sms * (variant.max_ctas if isinstance(variant, Attention) else CPU_WORKERS_PER_THREAD),
-        )
-        for variant in variants
-    ]
+    if deterministic:
+        rows = [max_requests * _fixed_rows(problem, variant, max_q_len, max_kv_len) for variant in variants]
+    else:
+        rows = [
+            planner.useful_partial_rows(
+                variant.tile_rows,
+                num_sms * (variant.max_ctas if isinstance(variant, Attention) else CPU_WORKERS_PER_THREAD),
+            )
+            for variant in variants
+        ]
     return partial_bytes(max(rows), vo)
+
+
+def _fixed_rows(problem: Problem, variant: AnyAttention, max_q_len: int, max_kv_len: int) -> int:
+    """Return the partial rows of one request at most, where pieces are fixed."""
+    group, kv_heads = problem.group, problem.num_kv_heads
+    if variant.packs_all_heads:
+        group, kv_heads = problem.num_qo_heads, 1
+    piece = fixed_piece(variant.kv_tile)
+    shape = planner.Shape(group, kv_heads, variant.tile_rows, variant.kv_tile, False, 1, fixed_piece=piece)
+    return planner.most_fixed_rows(shape, max_q_len=max_q_len, max_kv_len=max_kv_len)

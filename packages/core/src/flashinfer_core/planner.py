@@ -128,6 +128,11 @@ def fixed_rows(shape: Shape, *, q_indptr: int, kv_indptr: int, kv_len: int, num_
     return int(_call(_host().fixed_rows, _native(shape), q_indptr, kv_indptr, kv_len, num_requests))
 
 
+def most_fixed_rows(shape: Shape, *, max_q_len: int, max_kv_len: int) -> int:
+    """Return what `fixed_rows` gives at most for one request of these maxima."""
+    return int(_call(_host().most_fixed_rows, _native(shape), max_q_len, max_kv_len))
+
+
 def plan_limits(shape: Shape, *, total_q: int, num_requests: int) -> PlanLimits:
     """Return what no plan for at most `total_q` tokens of q in `num_requests` requests exceeds."""
     return PlanLimits._make(_call(_host().plan_limits, _native(shape), total_q, num_requests))
