@@ -17,6 +17,7 @@ import flashinfer.cascade
 import flashinfer.decode
 import flashinfer.page
 import flashinfer.prefill
+import flashinfer.quantization
 from batches import Paged
 
 SCALARS = "sm_scale=None, rope_scale=None, rope_theta=None"
@@ -114,6 +115,8 @@ SIGNATURES = {
     ),
     "get_seq_lens": "kv_indptr, kv_last_page_len, page_size",
     "get_batch_indices_positions": "append_indptr, seq_lens, nnz",
+    "packbits": "x, bitorder='big'",
+    "segment_packbits": "x, indptr, bitorder='big'",
 }
 CASCADE_WRAPPERS = list(filter(lambda name: name.endswith("Wrapper"), vars(flashinfer.cascade)))
 WRAPPERS = [name for name in SIGNATURES if name.endswith("Wrapper") and name not in CASCADE_WRAPPERS]
@@ -160,7 +163,7 @@ def test_the_partial_that_returns_lse() -> None:
     assert partial.keywords == {"return_lse": True}
 
 
-@pytest.mark.parametrize("module", ["cascade", "decode", "prefill", "page"])
+@pytest.mark.parametrize("module", ["cascade", "decode", "prefill", "page", "quantization"])
 def test_submodules_hold_what_the_top_level_does(module: str) -> None:
     names = named(module).__all__
     assert names

@@ -86,9 +86,18 @@ def make_problem(
     for name, value in (("dtype", problem.dtype), ("kv_dtype", problem.kv_dtype)):
         if not isinstance(value, torch.dtype):
             raise InvalidTypeError(f"{name} must be a torch.dtype, got {value!r}")
-    asked = {"mask": has_mask, "window_left": problem.window_left >= 0, "deterministic": problem.deterministic}
-    refuse(problem, [name for name, is_set in asked.items() if is_set])
+    check_problem(problem)
     return problem
+
+
+def check_problem(problem: Problem) -> None:
+    """Raise UnsupportedOptionError for the first part of the problem that has no kernel."""
+    asked = {
+        "mask": problem.has_mask,
+        "window_left": problem.window_left >= 0,
+        "deterministic": problem.deterministic,
+    }
+    refuse(problem, [name for name, is_set in asked.items() if is_set])
 
 
 def refuse(problem: Problem, options: Sequence[str]) -> None:

@@ -11,10 +11,11 @@ from typing import Any, List, Optional, Tuple, cast
 import torch
 
 from flashinfer_attention.attention import run_single
-from flashinfer_attention.compat import LOG2_E, check_options, common_dtype, old_options
+from flashinfer_attention.checks import make_problem
+from flashinfer_attention.compat import LOG2_E, DataType, Scalars, data_types, options_of, refuse_variants
 from flashinfer_attention.lengths import one_query_each
-from flashinfer_attention.options import Options
-from flashinfer_attention.wrapper import DataType, Output, PagedWrapper, Scalars
+from flashinfer_attention.options import Scale
+from flashinfer_attention.wrapper import Output, PagedWrapper
 from flashinfer_core.tensors import PagedCache, check_tensor, key_value
 
 
@@ -25,9 +26,9 @@ def single_decode_with_kv_cache(
     kv_layout: str = "NHD",
     pos_encoding_mode: str = "NONE",
     use_tensor_cores: bool = False,  # noqa: ARG001 - FlashInfer's; one kernel serves both
-    q_scale: Optional[float] = None,
-    k_scale: Optional[float] = None,
-    v_scale: Optional[float] = None,
+    q_scale: Optional[Scale] = None,
+    k_scale: Optional[Scale] = None,
+    v_scale: Optional[Scale] = None,
     window_left: int = -1,
     logits_soft_cap: Optional[float] = None,
     sm_scale: Optional[float] = None,
@@ -37,25 +38,20 @@ def single_decode_with_kv_cache(
     """Attend from the one new token of one request; return o, shaped and typed as q.
 
     q: [num_qo_heads, head_dim]. k, v: [kv_len, num_kv_heads, head_dim], with kv_layout HND [num_kv_heads, kv_len,
-    head_dim]; any strides with a contiguous last dimension. sm_scale: None means 1/sqrt(head_dim). use_tensor_cores:
-    accepted and without effect, one kernel serves both. May be captured in a CUDA graph, even as a process' first call.
-    Raises InvalidArgumentError, InvalidTypeError, and UnsupportedOptionError for every other option that is set.
+    head_dim], of q's dtype or fp8; any strides with a contiguous last dimension; v and o may be of another width.
+    pos_encoding_mode: NONE, ROPE_LLAMA (q and k are rotated here, with rope_scale, default 1, and rope_theta, default
+    1e4) or ALIBI. use_tensor_cores: accepted and without effect, one kernel serves both. q_scale, k_scale, v_scale:
+    multiply q, k and v: numbers, or float32 tensors of one element, for k and v also [num_kv_heads]. window_left: the
+    token sees the last window_left + 1 keys; -1: all. logits_soft_cap: c > 0 puts c tanh(x / c) in the place of each
+    scaled logit x. sm_scale: positive; None means 1/sqrt(head_dim). May be captured in a CUDA graph, even as a process'
+    first call. Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError.
     """
-    check_options(
-        pos_encoding_mode=pos_encoding_mode,
-        q_scale=q_scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        window_left=window_left,
-        logits_soft_cap=logits_soft_cap,
-        sm_scale=sm_scale,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-    )
+    scalars = Scalars(pos_encoding_mode, sm_scale, logits_soft_cap, rope_scale, rope_theta)
+    options = options_of(scalars, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
     check_tensor("q", q, (None, None))
     kv = key_value(k, v, paged=False, kv_layout=kv_layout)
     # The token sees every key, with or without a causal mask.
-    o, _ = run_single(q.unsqueeze(0), kv, Options(sm_scale=sm_scale), lse_scale=LOG2_E)
+    o, _ = run_single(q.unsqueeze(0), kv, options, window_left=window_left, lse_scale=LOG2_E)
     return o.squeeze(0)
 
 
@@ -81,7 +77,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         paged_kv_last_page_len_buffer: Optional[torch.Tensor] = None,
         jit_args: Optional[List[Any]] = None,
     ) -> None:
-        check_options(jit_args=jit_args)
+        refuse_variants("jit_args", jit_args)
         super().__init__(
             float_workspace_buffer,
             kv_layout,
@@ -119,35 +115,35 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
     ) -> None:
         """Plan a batch of B requests.
 
-        indptr: int32 [B + 1], non-decreasing, into indices. indices: int32 [indptr[-1] or more], pages of all requests.
-        last_page_len: int32 [B], tokens in each request's last page, from 1 to page_size; not read where a request has
-        no page. q_data_type, kv_data_type: a dtype or its name; data_type names both at once, unless q_data_type is set
-        to another than its default. non_blocking: of the copies to the device. Lengths on the host cost no
-        synchronisation; lengths on a GPU are copied back, which waits.
+        indptr: int32 [B + 1], non-decreasing, into indices. indices: int32 [indptr[-1] or more], pages of all requests;
+        copied. last_page_len: int32 [B], tokens in each request's last page, from 1 to page_size; not read where a
+        request has no page. q_data_type, kv_data_type: a dtype or its name, the latter None (that of q) or fp8;
+        data_type names both at once, unless they are set; fp8 there means keys and values. non_blocking: of the copies
+        to the device. Other options: as in single_decode_with_kv_cache. Lengths on the host cost no synchronisation;
+        lengths on a GPU are copied back, which waits.
         Raises InvalidArgumentError, InvalidTypeError, WorkspaceError, and UnsupportedOptionError that names the option.
         """
-        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
-        options = old_options(pos_encoding_mode, False, rope_scale, rope_theta)
-        check_options(**options, **scalars._asdict())
-        if data_type is not None:
-            q_data_type = data_type if q_data_type in (None, "float16") else q_data_type
-            kv_data_type = data_type if kv_data_type is None else kv_data_type
-        dtype = common_dtype("float16" if q_data_type is None else q_data_type, kv_data_type)
-        check_tensor("last_page_len", last_page_len, (None,), torch.int32)
-        requests = last_page_len.shape[0]
-        self._plan_pages(
-            one_query_each(requests),
-            indptr,
-            indices,
-            last_page_len,
+        dtype, kv_dtype = data_types("float16" if q_data_type is None else q_data_type, kv_data_type, data_type)
+        problem = make_problem(
             num_qo_heads,
             num_kv_heads,
             head_dim,
+            False,
+            dtype,
+            self.device,
+            kv_dtype=kv_dtype,
+            window_left=window_left,
+        )
+        check_tensor("last_page_len", last_page_len, (None,), torch.int32)
+        requests = last_page_len.shape[0]
+        self._plan_pages(
+            problem,
             page_size,
-            causal=False,
-            dtype=dtype,
-            scalars=scalars,
-            non_blocking=non_blocking,
+            one_query_each(requests),
+            (indptr, indices, last_page_len),
+            options_of(Scalars(pos_encoding_mode, sm_scale, logits_soft_cap, rope_scale, rope_theta)),
+            (None, None),
+            non_blocking,
         )
 
     begin_forward = plan
@@ -157,9 +153,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         q: torch.Tensor,
         paged_kv_cache: PagedCache,
         *args: Any,
-        q_scale: Optional[float] = None,
-        k_scale: Optional[float] = None,
-        v_scale: Optional[float] = None,
+        q_scale: Optional[Scale] = None,
+        k_scale: Optional[Scale] = None,
+        v_scale: Optional[Scale] = None,
         out: Optional[torch.Tensor] = None,
         lse: Optional[torch.Tensor] = None,
         return_lse: bool = False,
@@ -168,8 +164,10 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
 
         q: [B, num_qo_heads, head_dim]. paged_kv_cache: a pair of [pages, page_size, num_kv_heads, head_dim] (HND:
         [pages, num_kv_heads, page_size, head_dim]), or one tensor with keys and values along dimension 1; pages of one
-        token may come without their dimension. out: as q; lse: float32 [B, num_qo_heads], base 2; -inf (with o = 0)
-        for a request without keys. Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError.
+        token may come without their dimension; the two of a pair may differ in strides. q_scale, k_scale, v_scale:
+        multiply q, k and v: numbers, or float32 tensors of one element, for k and v also [num_kv_heads]. out: as q;
+        lse: float32 [B, num_qo_heads], base 2; -inf (with o = 0) for a request without keys.
+        Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError.
         """
         return self._run_pages(q, paged_kv_cache, args, (q_scale, k_scale, v_scale), out, lse, return_lse)
 
@@ -180,9 +178,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         q: torch.Tensor,
         paged_kv_cache: PagedCache,
         pos_encoding_mode: str = "NONE",
-        q_scale: Optional[float] = None,
-        k_scale: Optional[float] = None,
-        v_scale: Optional[float] = None,
+        q_scale: Optional[Scale] = None,
+        k_scale: Optional[Scale] = None,
+        v_scale: Optional[Scale] = None,
         window_left: int = -1,
         logits_soft_cap: Optional[float] = None,
         sm_scale: Optional[float] = None,
@@ -190,10 +188,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         rope_theta: Optional[float] = None,
     ) -> torch.Tensor:
         """Set the scalars anew and run; kept for old callers, see `run`."""
-        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
-        options = old_options(pos_encoding_mode, False, rope_scale, rope_theta)
+        scalars = Scalars(pos_encoding_mode, sm_scale, logits_soft_cap, rope_scale, rope_theta)
         scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
-        o = self._forward((q, paged_kv_cache), False, scalars, options, return_lse=False, **scales)
+        o = self._forward((q, paged_kv_cache), False, window_left, scalars, return_lse=False, **scales)
         return cast(torch.Tensor, o)
 
     def forward_return_lse(
@@ -201,9 +198,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         q: torch.Tensor,
         paged_kv_cache: PagedCache,
         pos_encoding_mode: str = "NONE",
-        q_scale: Optional[float] = None,
-        k_scale: Optional[float] = None,
-        v_scale: Optional[float] = None,
+        q_scale: Optional[Scale] = None,
+        k_scale: Optional[Scale] = None,
+        v_scale: Optional[Scale] = None,
         window_left: int = -1,
         logits_soft_cap: Optional[float] = None,
         sm_scale: Optional[float] = None,
@@ -211,10 +208,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         rope_theta: Optional[float] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Set the scalars anew and run with return_lse; kept for old callers, see `run`."""
-        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
-        options = old_options(pos_encoding_mode, False, rope_scale, rope_theta)
+        scalars = Scalars(pos_encoding_mode, sm_scale, logits_soft_cap, rope_scale, rope_theta)
         scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
-        both = self._forward((q, paged_kv_cache), False, scalars, options, return_lse=True, **scales)
+        both = self._forward((q, paged_kv_cache), False, window_left, scalars, return_lse=True, **scales)
         return cast(Tuple[torch.Tensor, torch.Tensor], both)
 
 

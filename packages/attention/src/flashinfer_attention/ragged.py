@@ -11,10 +11,10 @@ from typing import Any, List, Optional, Tuple, cast
 import torch
 
 from flashinfer_attention.checks import make_problem
-from flashinfer_attention.compat import check_arguments, check_options, common_dtype, old_options
+from flashinfer_attention.compat import DataType, Scalars, check_backend, data_types, options_of, refuse_variants
 from flashinfer_attention.lengths import host_lengths
 from flashinfer_attention.plan import plan_lengths
-from flashinfer_attention.wrapper import DataType, Output, Scalars, Wrapper, graph_buffer
+from flashinfer_attention.wrapper import Output, Wrapper, graph_buffer, with_mask
 from flashinfer_core.errors import InvalidArgumentError
 from flashinfer_core.tensors import key_value
 
@@ -24,8 +24,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
 
     float_workspace_buffer: uint8 [any] on the device to run on; a small one costs splits, none is too small.
     kv_layout: NHD or HND, of k and v. use_cuda_graph: as in BatchPrefillWithPagedKVCacheWrapper; needs qo_indptr_buf
-    and kv_indptr_buf, int32 [B + 1]. backend: auto, fa2 and fa3 name the same kernels.
-    Raises InvalidArgumentError, InvalidTypeError; UnsupportedOptionError for the mask buffers and jit_args.
+    and kv_indptr_buf, int32 [B + 1], and for masks custom_mask_buf and mask_indptr_buf, as there. backend: auto, fa2
+    and fa3 name the same kernels. Raises InvalidArgumentError, InvalidTypeError; UnsupportedOptionError for jit_args.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         backend: str = "auto",
         jit_args: Optional[List[Any]] = None,
     ) -> None:
-        check_options(
-            custom_mask_buf=custom_mask_buf, mask_indptr_buf=mask_indptr_buf, backend=backend, jit_args=jit_args
-        )
+        check_backend(backend)
+        refuse_variants("jit_args", jit_args)
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
         self._buffers: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
         if use_cuda_graph:
             queries = graph_buffer("qo_indptr_buf", qo_indptr_buf, self.device)
             self._buffers = (queries, graph_buffer("kv_indptr_buf", kv_indptr_buf, self.device, queries.shape[0]))
+            self._take_mask_buffers(custom_mask_buf, mask_indptr_buf, queries.shape[0])
 
     def plan(
         self,
@@ -72,30 +72,37 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
     ) -> None:
         """Plan a batch of B requests.
 
-        qo_indptr, kv_indptr: int32 [B + 1], rows of q and of k and v of each request. causal: query i of a request sees
-        keys up to i + kv_len - qo_len. Lengths on the host cost no synchronisation; lengths on a GPU are copied back.
+        qo_indptr, kv_indptr: int32 [B + 1], rows of q and of k and v of each request. Options: as in
+        BatchPrefillWithPagedKVCacheWrapper.plan. Lengths on the host cost no synchronisation; lengths on a GPU are
+        copied back, which waits.
         Raises InvalidArgumentError, InvalidTypeError, WorkspaceError, and UnsupportedOptionError that names the option.
         """
-        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
-        options = old_options(pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
-        check_options(
-            head_dim_vo=None if head_dim_vo == head_dim_qk else head_dim_vo,
-            custom_mask=custom_mask,
-            packed_custom_mask=packed_custom_mask,
-            **options,
-            **scalars._asdict(),
+        dtype, kv_dtype = data_types(q_data_type, kv_data_type)
+        problem = make_problem(
+            num_qo_heads,
+            num_kv_heads,
+            head_dim_qk,
+            causal,
+            dtype,
+            self.device,
+            head_dim_vo=head_dim_vo,
+            kv_dtype=kv_dtype,
+            window_left=window_left,
+            has_mask=custom_mask is not None or packed_custom_mask is not None,
         )
-        dtype = common_dtype(q_data_type, kv_data_type)
-        problem = make_problem(num_qo_heads, num_kv_heads, head_dim_qk, causal, dtype, self.device)
         lengths = host_lengths(qo_indptr, kv_indptr, None, None)
         if self._buffers is not None and qo_indptr.shape != self._buffers[0].shape:
             raise InvalidArgumentError(
                 f"the CUDA graph is for batches of {self._buffers[0].shape[0] - 1} requests, got {lengths.num_requests}"
             )
+        mask = self._mask(lengths, custom_mask, packed_custom_mask)
+        scalars = Scalars(pos_encoding_mode, sm_scale, logits_soft_cap, rope_scale, rope_theta)
+        options = with_mask(options_of(scalars), mask)
+        options.check(problem, lengths.num_requests)
         plan = plan_lengths(problem, None, lengths, self._workspace)
         for buffer, indptr in zip(self._buffers or (), (qo_indptr, kv_indptr)):
             buffer.copy_(indptr, non_blocking=True)
-        self._take(plan, scalars)
+        self._take(plan, options, mask)
 
     begin_forward = plan
 
@@ -112,12 +119,13 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         """Attend as planned; return o, or (o, lse) with return_lse.
 
         q: [qo_indptr[-1], num_qo_heads, head_dim]. k, v: [kv_indptr[-1] or more, num_kv_heads, head_dim] (HND:
-        [num_kv_heads, rows, head_dim]). out: as q; lse: float32 [rows of q, num_qo_heads], base 2.
+        [num_kv_heads, rows, head_dim]), fp8 as it is. out: [rows of q, num_qo_heads, head_dim_vo]; lse: float32
+        [rows of q, num_qo_heads], base 2.
         Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError.
         """
-        check_arguments(args)
+        refuse_variants("*args", args)
         kv = key_value(k, v, paged=False, kv_layout=self._kv_layout)
-        return self._run(q, kv, None, out, lse, return_lse)
+        return self._run(q, kv, None, self._options, out, lse, return_lse)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
 
@@ -135,10 +143,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         rope_scale: Optional[float] = None,
         rope_theta: Optional[float] = None,
     ) -> torch.Tensor:
-        """Set mask and scalars anew and run; kept for old callers, see `run`."""
-        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
-        options = old_options(pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
-        o = self._forward((q, k, v), causal, scalars, options, return_lse=False)
+        """Set causal, window and scalars anew, keep a custom mask, and run; kept for old callers."""
+        scalars = Scalars(pos_encoding_mode, sm_scale, logits_soft_cap, rope_scale, rope_theta)
+        o = self._forward((q, k, v), causal, window_left, scalars, return_lse=False)
         return cast(torch.Tensor, o)
 
     def forward_return_lse(
@@ -155,8 +162,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         rope_scale: Optional[float] = None,
         rope_theta: Optional[float] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Set mask and scalars anew and run with return_lse; kept for old callers, see `run`."""
-        scalars = Scalars(sm_scale, window_left, logits_soft_cap)
-        options = old_options(pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
-        both = self._forward((q, k, v), causal, scalars, options, return_lse=True)
+        """Set causal, window and scalars anew, keep a custom mask, and run with return_lse; kept for old callers."""
+        scalars = Scalars(pos_encoding_mode, sm_scale, logits_soft_cap, rope_scale, rope_theta)
+        both = self._forward((q, k, v), causal, window_left, scalars, return_lse=True)
         return cast(Tuple[torch.Tensor, torch.Tensor], both)

@@ -1,32 +1,36 @@
-"""What the compatible wrappers share: a workspace, the last plan, and the buffers of a CUDA graph."""
+"""What the compatible wrappers share: a workspace, the last plan and options, and the buffers of a CUDA graph."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple, Optional, Tuple, Union, cast
+from typing import Any, Optional, Tuple, Union, cast
 
 import torch
 
 from flashinfer_attention.attention import run
-from flashinfer_attention.checks import make_problem, refuse_capture
-from flashinfer_attention.compat import LOG2_E, check_arguments, check_options
-from flashinfer_attention.lengths import Queries, paged_lengths
-from flashinfer_attention.options import Options
+from flashinfer_attention.checks import Problem, check_problem, refuse_capture
+from flashinfer_attention.compat import LOG2_E, DataType, Scalars, options_of, refuse_variants
+from flashinfer_attention.lengths import Lengths, Queries, paged_lengths
+from flashinfer_attention.masks import Mask, MaskBuffers, batch_mask
+from flashinfer_attention.options import NEUTRAL, Options, Scale
 from flashinfer_attention.plan import Plan, plan_lengths
 from flashinfer_attention.workspace import Workspace
 from flashinfer_core.errors import InvalidArgumentError, WorkspaceError
-from flashinfer_core.tensors import KeyValue, PagedCache, check_int32, check_layout, check_readable, paged_key_value
+from flashinfer_core.tensors import (
+    KeyValue,
+    PagedCache,
+    check_int32,
+    check_integer,
+    check_layout,
+    check_readable,
+    check_tensor,
+    paged_key_value,
+)
 
-DataType = Union[str, torch.dtype]
+__all__ = ["DataType", "Output", "PagedWrapper", "Wrapper", "graph_buffer"]
+
 Output = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]
-
-
-class Scalars(NamedTuple):
-    """What `plan` fixes and `forward` may set anew, beside the mask."""
-
-    sm_scale: Optional[float]
-    window_left: int
-    logits_soft_cap: Optional[float]
+Scales = Tuple[Optional[Scale], Optional[Scale], Optional[Scale]]  # of q, k and v
 
 
 class Wrapper:
@@ -41,11 +45,12 @@ class Wrapper:
         self._kv_layout = kv_layout
         self._use_cuda_graph = bool(use_cuda_graph)
         self._workspace = Workspace(float_workspace_buffer, fixed=self._use_cuda_graph)
+        self._mask_buffers: Optional[MaskBuffers] = None
         self._plan: Optional[Plan] = None
+        self._options = NEUTRAL
         self._causal = False
-        self._sm_scale: Optional[float] = None
         self._window_left = -1
-        self._logits_soft_cap = 0.0
+        self._last_forward: Optional[Tuple[Any, ...]] = None
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -56,6 +61,14 @@ class Wrapper:
     def device(self) -> torch.device:
         """Return the device of the workspace, on which everything runs."""
         return self._workspace.partial.device
+
+    @property
+    def _sm_scale(self) -> Optional[float]:
+        return self._options.sm_scale
+
+    @property
+    def _logits_soft_cap(self) -> float:
+        return self._options.logits_soft_cap
 
     @property
     def _float_workspace_buffer(self) -> torch.Tensor:
@@ -86,40 +99,87 @@ class Wrapper:
     def end_forward(self) -> None:
         """Do nothing; older versions freed the plan here."""
 
+    def _take_mask_buffers(
+        self, bits: Optional[torch.Tensor], indptr: Optional[torch.Tensor], requests: Optional[int]
+    ) -> None:
+        """Keep the buffers of masks that a CUDA graph reads: both or none; without a graph they have no use."""
+        if not self._use_cuda_graph or (bits is None and indptr is None):
+            return
+        if bits is None:
+            raise InvalidArgumentError("mask_indptr_buf was given, but custom_mask_buf is missing")
+        check_tensor("custom_mask_buf", bits, (None,), torch.uint8, self.device)
+        size = None if requests is None else requests + 1
+        self._mask_buffers = MaskBuffers(bits, graph_buffer("mask_indptr_buf", indptr, self.device, size))
+
+    def _mask(
+        self, lengths: Lengths, custom_mask: Optional[torch.Tensor], packed_custom_mask: Optional[torch.Tensor]
+    ) -> Optional[Mask]:
+        """Return the mask of a batch, and make sure that a graph's buffers hold it."""
+        if custom_mask is None and packed_custom_mask is None:
+            return None
+        mask = batch_mask(custom_mask, packed_custom_mask, lengths, self.device)
+        if self._use_cuda_graph:
+            if self._mask_buffers is None:
+                raise InvalidArgumentError("use_cuda_graph=True with a mask needs custom_mask_buf and mask_indptr_buf")
+            size, room = mask.bits.shape[0], self._mask_buffers.bits.shape[0]
+            if size > room:
+                raise WorkspaceError(f"the masks need {size} bytes, but custom_mask_buf has {room}")
+        return mask
+
     def _planned(self) -> Plan:
         if self._plan is None:
             raise InvalidArgumentError("there is no plan yet", remedy="call plan() before run()")
         return self._plan
 
-    def _take(self, plan: Plan, scalars: Scalars) -> None:
-        """Replace the plan, when nothing can fail any more."""
-        self._plan = plan
+    def _take(self, plan: Plan, options: Options, mask: Optional[Mask] = None) -> None:
+        """Replace the plan and its options, when nothing can fail any more."""
+        if mask is not None and self._mask_buffers is not None:
+            options = with_mask(options, self._mask_buffers.store(mask))
+        self._plan, self._options = plan, options
         self._causal = plan.problem.causal
-        self._sm_scale, self._window_left = scalars.sm_scale, scalars.window_left
-        self._logits_soft_cap = scalars.logits_soft_cap or 0.0
+        self._window_left = plan.problem.window_left
+        self._last_forward = None
 
     def _forward(
-        self, inputs: Tuple[Any, ...], causal: bool, scalars: Scalars, options: Any, *, return_lse: bool, **scales: Any
+        self,
+        inputs: Tuple[Any, ...],
+        causal: bool,
+        window_left: int,
+        scalars: Scalars,
+        *,
+        return_lse: bool,
+        **scales: Any,
     ) -> Any:
-        """Set mask and scalars anew and run; plan the same lengths again where the mask changes."""
-        check_options(**options, **scalars._asdict())
-        plan = self._planned()
-        if plan.problem.causal != causal:
-            problem = replace(plan.problem, causal=bool(causal))
-            plan = plan_lengths(problem, plan.page_size, plan.lengths, self._workspace)
-        self._take(plan, scalars)
+        """Set all scalars anew, keep the mask, and run; plan the same lengths again where causal or window change."""
+        wanted = (causal, window_left, scalars)
+        if wanted != self._last_forward:
+            self._set(bool(causal), window_left, scalars)
+            self._last_forward = wanted
         return cast(Any, self).run(*inputs, return_lse=return_lse, **scales)
+
+    def _set(self, causal: bool, window_left: int, scalars: Scalars) -> None:
+        plan = self._planned()
+        problem = plan.problem
+        options = replace(options_of(scalars), mask=self._options.mask, mask_indptr=self._options.mask_indptr)
+        options.check(problem, plan.lengths.num_requests)
+        window_left = max(check_integer("window_left", window_left), -1)
+        wanted = replace(problem, causal=causal and not problem.has_mask, window_left=window_left)
+        if wanted != problem:
+            check_problem(wanted)
+            plan = plan_lengths(wanted, plan.page_size, plan.lengths, self._workspace)
+        self._take(plan, options)
 
     def _run(
         self,
         q: torch.Tensor,
         kv: KeyValue,
         page_table: Optional[torch.Tensor],
+        options: Options,
         out: Optional[torch.Tensor],
         lse: Optional[torch.Tensor],
         return_lse: bool,
     ) -> Output:
-        plan, options = self._planned(), Options(sm_scale=self._sm_scale)
+        plan = self._planned()
         both = run(plan, q, kv, page_table, options, lse_scale=LOG2_E, out=out, lse=lse, wants_lse=return_lse)
         return cast(Output, both if return_lse else both[0])
 
@@ -152,32 +212,32 @@ class PagedWrapper(Wrapper):
 
     def _plan_pages(
         self,
-        queries: Queries,
-        indptr: torch.Tensor,
-        indices: torch.Tensor,
-        last_page_len: torch.Tensor,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        problem: Problem,
         page_size: int,
-        causal: bool,
-        dtype: torch.dtype,
-        scalars: Scalars,
+        queries: Queries,
+        tables: Tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        options: Options,
+        masks: Tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
         non_blocking: bool,
     ) -> None:
+        """Plan over pages. tables: indptr, indices, last_page_len; masks: booleans and bits."""
+        indptr, indices, last_page_len = tables
         check_int32("paged_kv_indices", indices)
         check_readable("paged_kv_indices", indices)
-        problem = make_problem(num_qo_heads, num_kv_heads, head_dim, causal, dtype, self.device)
         lengths = paged_lengths(queries, indptr, last_page_len, page_size)
         if indices.shape[0] < lengths.entries:
             raise InvalidArgumentError(f"indptr names {lengths.entries} pages, but indices has {indices.shape[0]}")
         self._check_room(lengths.num_requests, lengths.entries)
         refuse_capture(self.device)
-        page_table = self._buffers[1] if self._buffers else indices.to(self.device, non_blocking=non_blocking)
+        mask = self._mask(lengths, *masks)
+        options = with_mask(options, mask)
+        options.check(problem, lengths.num_requests)
         plan = plan_lengths(problem, page_size, lengths, self._workspace)
+        # A copy of our own: callers may write the next step's pages into theirs.
+        own = self._buffers[1] if self._buffers else indices.to(self.device, non_blocking=non_blocking, copy=True)
         self._store(indptr, indices, last_page_len, lengths.entries, non_blocking)
-        self._page_table = page_table
-        self._take(plan, scalars)
+        self._page_table = own
+        self._take(plan, options, mask)
 
     def _check_room(self, requests: int, entries: int) -> None:
         if self._buffers is None:
@@ -208,16 +268,22 @@ class PagedWrapper(Wrapper):
         q: torch.Tensor,
         cache: PagedCache,
         arguments: Tuple[Any, ...],
-        scales: Tuple[Optional[float], Optional[float], Optional[float]],
+        scales: Scales,
         out: Optional[torch.Tensor],
         lse: Optional[torch.Tensor],
         return_lse: bool,
     ) -> Output:
-        if arguments:
-            check_arguments(arguments)
+        refuse_variants("*args", arguments)
+        options = self._options
         if scales != (None, None, None):
-            check_options(q_scale=scales[0], k_scale=scales[1], v_scale=scales[2])
-        return self._run(q, paged_key_value(cache, self._kv_layout), self._page_table, out, lse, return_lse)
+            options = replace(options, q_scale=scales[0], k_scale=scales[1], v_scale=scales[2])
+        kv = paged_key_value(cache, self._kv_layout, alike=False)
+        return self._run(q, kv, self._page_table, options, out, lse, return_lse)
+
+
+def with_mask(options: Options, mask: Optional[Mask]) -> Options:
+    """Return the options with a batch's mask, where there is one."""
+    return options if mask is None else replace(options, mask=mask.bits, mask_indptr=mask.indptr)
 
 
 def graph_buffer(

@@ -143,28 +143,39 @@ def _paged(strides: Tuple[int, ...]) -> Tuple[int, ...]:
     return (strides[0], *strides)
 
 
-def paged_key_value(cache: PagedCache, kv_layout: str) -> KeyValue:
+def paged_key_value(cache: PagedCache, kv_layout: str, *, alike: bool = True) -> KeyValue:
     """View a paged cache in any of its documented forms.
 
     A pair of 4-D tensors [pages, page_size, kv_heads, head_dim] (HND: [pages, kv_heads, page_size, head_dim]), or one
     5-D tensor that has keys and values along dimension 1. Where the page size is 1 its dimension may be left out.
-    Keys and values must have the same strides. Raises InvalidTypeError and InvalidArgumentError.
+    alike: keys and values must have the same strides and the same last dimension; else both may differ.
+    Raises InvalidTypeError and InvalidArgumentError.
     """
     check_layout(kv_layout)
     if isinstance(cache, torch.Tensor):
         address, shape, strides, value_offset = _combined(cache)
-        k, v, owner = address, address + value_offset, cache
+        k, v, owner, v_strides, dim_vo = address, address + value_offset, cache, strides, shape[-1]
     else:
         owner, values = _pair(cache)
-        shape, strides = _separate(owner, values)
-        k, v = owner.data_ptr(), values.data_ptr()
+        shape, strides = _separate(owner, values, alike)
+        k, v, v_strides, dim_vo = owner.data_ptr(), values.data_ptr(), values.stride(), values.shape[-1]
     if len(shape) == 3:  # pages of one token without their dimension
-        shape, strides = (shape[0], 1, *shape[1:]), _paged(strides)
+        shape, strides, v_strides = (shape[0], 1, *shape[1:]), _paged(strides), _paged(v_strides)
     elif kv_layout == "HND":
-        shape, strides = _tokens_first(shape), _tokens_first(strides)
-    stride = (strides[0], strides[1], strides[2])
-    dim = shape[3]
-    return KeyValue(k, v, stride, stride, shape[0], shape[1], shape[2], dim, dim, owner.dtype, owner.device)
+        shape, strides, v_strides = _tokens_first(shape), _tokens_first(strides), _tokens_first(v_strides)
+    return KeyValue(
+        k,
+        v,
+        (strides[0], strides[1], strides[2]),
+        (v_strides[0], v_strides[1], v_strides[2]),
+        shape[0],
+        shape[1],
+        shape[2],
+        shape[3],
+        dim_vo,
+        owner.dtype,
+        owner.device,
+    )
 
 
 def _combined(cache: torch.Tensor) -> Tuple[int, Tuple[int, ...], Tuple[int, ...], int]:
@@ -185,7 +196,7 @@ def _pair(cache: object) -> Tuple[Any, Any]:
     raise InvalidTypeError(f"paged_kv_cache must be a tensor or a pair (k_cache, v_cache), got {type(cache).__name__}")
 
 
-def _separate(k: Any, v: Any) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
+def _separate(k: Any, v: Any, alike: bool) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
     if not isinstance(k, torch.Tensor) or k.dim() not in (3, 4):
         got = tuple(k.shape) if isinstance(k, torch.Tensor) else type(k).__name__
         raise InvalidArgumentError(
@@ -193,9 +204,9 @@ def _separate(k: Any, v: Any) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
             f"(HND: [pages, kv_heads, page_size, head_dim]), got {got}"
         )
     check_tensor("k_cache", k, k.shape, remedy=_ALLOCATE)
-    check_tensor("v_cache", v, k.shape, k.dtype, k.device, remedy=_ALLOCATE)
+    check_tensor("v_cache", v, k.shape if alike else (*k.shape[:-1], None), k.dtype, k.device, remedy=_ALLOCATE)
     strides = k.stride()
-    if v.stride() != strides and k.numel() > 0:
+    if alike and v.stride() != strides and k.numel() > 0:
         raise InvalidArgumentError(
             f"k_cache and v_cache must have the same strides, got {strides} and {v.stride()}",
             remedy="allocate both alike, or as one tensor with keys and values along dimension 1",

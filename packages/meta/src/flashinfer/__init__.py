@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         single_prefill_with_kv_cache,
         single_prefill_with_kv_cache_return_lse,
     )
+    from flashinfer.quantization import packbits, segment_packbits
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
@@ -47,12 +48,14 @@ __all__ = [
     "merge_state",
     "merge_state_in_place",
     "merge_states",
+    "packbits",
+    "segment_packbits",
     "single_decode_with_kv_cache",
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
 ]
 
-_MODULES = ("cascade", "decode", "page", "prefill")
+_MODULES = ("cascade", "decode", "page", "prefill", "quantization")
 
 
 def __getattr__(name: str) -> Any:
