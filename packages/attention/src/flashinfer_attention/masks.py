@@ -45,7 +45,7 @@ def batch_mask(
     custom_mask: bool, [q_len, kv_len] of each request, row-major, one after another. packed_custom_mask: uint8, the
     same as bits, lowest first, each request from a byte of its own; it wins.
     """
-    q_indptr = lengths.queries.indptr
+    q_indptr = lengths.q_indptr
     sizes = (q_indptr[1:] - q_indptr[:-1]).long() * lengths.kv_len
     indptr, begins = _running(sizes), _running((sizes + 7) // 8)
     num_bytes = int(begins[-1])

@@ -109,7 +109,7 @@ def number_of(scale: Optional[Scale]) -> Optional[float]:
         return None
     if isinstance(scale, torch.Tensor):
         return float(scale) if scale.dim() == 0 and scale.device.type == "cpu" else None
-    if isinstance(scale, str):  # which float() reads
+    if not hasattr(scale, "__float__"):  # float() reads text too
         raise TypeError(scale)
     return float(scale)
 

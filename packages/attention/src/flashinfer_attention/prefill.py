@@ -46,7 +46,7 @@ def single_prefill_with_kv_cache(
     causal: bool = False,
     kv_layout: str = "NHD",
     pos_encoding_mode: str = "NONE",
-    use_fp16_qk_reduction: bool = False,
+    use_fp16_qk_reduction: bool = False,  # noqa: ARG001 - accepted; sums are fp32
     sm_scale: Optional[float] = None,
     window_left: int = -1,
     logits_soft_cap: Optional[float] = None,
@@ -143,7 +143,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         packed_custom_mask: Optional[torch.Tensor] = None,
         causal: bool = False,
         pos_encoding_mode: str = "NONE",
-        use_fp16_qk_reduction: bool = False,
+        use_fp16_qk_reduction: bool = False,  # noqa: ARG002 - accepted; sums are fp32
         sm_scale: Optional[float] = None,
         window_left: int = -1,
         logits_soft_cap: Optional[float] = None,
@@ -219,7 +219,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         paged_kv_cache: PagedCache,
         causal: bool = False,
         pos_encoding_mode: str = "NONE",
-        use_fp16_qk_reduction: bool = False,
+        use_fp16_qk_reduction: bool = False,  # noqa: ARG002 - accepted; sums are fp32
         k_scale: Optional[Scale] = None,
         v_scale: Optional[Scale] = None,
         window_left: int = -1,
@@ -240,7 +240,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         paged_kv_cache: PagedCache,
         causal: bool = False,
         pos_encoding_mode: str = "NONE",
-        use_fp16_qk_reduction: bool = False,
+        use_fp16_qk_reduction: bool = False,  # noqa: ARG002 - accepted; sums are fp32
         k_scale: Optional[Scale] = None,
         v_scale: Optional[Scale] = None,
         window_left: int = -1,

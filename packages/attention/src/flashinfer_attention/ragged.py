@@ -61,7 +61,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         packed_custom_mask: Optional[torch.Tensor] = None,
         causal: bool = False,
         pos_encoding_mode: str = "NONE",
-        use_fp16_qk_reduction: bool = False,
+        use_fp16_qk_reduction: bool = False,  # noqa: ARG002 - accepted; sums are fp32
         window_left: int = -1,
         logits_soft_cap: Optional[float] = None,
         sm_scale: Optional[float] = None,
@@ -136,7 +136,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         v: torch.Tensor,
         causal: bool = False,
         pos_encoding_mode: str = "NONE",
-        use_fp16_qk_reduction: bool = False,
+        use_fp16_qk_reduction: bool = False,  # noqa: ARG002 - accepted; sums are fp32
         window_left: int = -1,
         logits_soft_cap: Optional[float] = None,
         sm_scale: Optional[float] = None,
@@ -155,7 +155,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         v: torch.Tensor,
         causal: bool = False,
         pos_encoding_mode: str = "NONE",
-        use_fp16_qk_reduction: bool = False,
+        use_fp16_qk_reduction: bool = False,  # noqa: ARG002 - accepted; sums are fp32
         window_left: int = -1,
         logits_soft_cap: Optional[float] = None,
         sm_scale: Optional[float] = None,

@@ -127,8 +127,9 @@ class Workspace:
         if self.frozen is None:
             return
         was = (self.frozen.problem, self.frozen.page_size)
-        # Until a graph holds it, the mask may still change.
-        first = was[0] if self.is_captured else replace(was[0], causal=problem.causal)
+        # Until a graph holds them, causal and window may still change.
+        free = replace(was[0], causal=problem.causal, window_left=problem.window_left)
+        first = was[0] if self.is_captured else free
         if (first, was[1]) != (problem, page_size):
             raise InvalidArgumentError(
                 f"a CUDA graph keeps what it was planned with: {was[0]}, page_size={was[1]}; "
