@@ -16,6 +16,8 @@ from flashinfer_attention.prefill import (
     single_prefill_with_kv_cache,
     single_prefill_with_kv_cache_return_lse,
 )
+from flashinfer_attention.prefix_tree import PrefixTree
+from flashinfer_attention.recursive import CascadePlan, cascade_attention, plan_cascade
 from flashinfer_attention.states import merge_ragged_states, merge_state, merge_state_in_place, merge_states
 from flashinfer_attention.support import supports, why_not
 from flashinfer_core.version import __version__
@@ -25,15 +27,19 @@ __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "CascadePlan",
     "Plan",
+    "PrefixTree",
     "Workspace",
     "__version__",
     "attention",
+    "cascade_attention",
     "merge_ragged_states",
     "merge_state",
     "merge_state_in_place",
     "merge_states",
     "plan_attention",
+    "plan_cascade",
     "single",
     "single_decode_with_kv_cache",
     "single_prefill_with_kv_cache",

@@ -1,7 +1,7 @@
 """Cascade attention and state merging with FlashInfer's names, arguments and meaning; every lse is in base 2.
 
 A level attends from all queries to one part of their keys, shared by few or many; levels merge as states do. The native
-forms, with natural lse, are in `states` and `prefix_tree`.
+forms, with natural lse, are in `states` and `recursive`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, List, Optional, Sequence, Tuple, cast
 import torch
 
 from flashinfer_attention.prefill import BatchPrefillWithPagedKVCacheWrapper
+from flashinfer_attention.recursive import split_workspace
 from flashinfer_attention.shared_prefix import (
     BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
     BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
@@ -93,7 +94,7 @@ class MultiLevelCascadeAttentionWrapper:
         buffers: List[Sequence[Any]] = [[None] * num_levels for _ in arrays]
         if use_cuda_graph:
             buffers = [_each(name, array, num_levels) for name, array in arrays.items()]
-        workspaces = _workspaces(float_workspace_buffer, num_levels)
+        workspaces = split_workspace(float_workspace_buffer, num_levels)
         self._levels = [
             BatchPrefillWithPagedKVCacheWrapper(workspace, kv_layout, use_cuda_graph, queries, indptr, indices, last)
             for workspace, queries, indptr, indices, last in zip(workspaces, *buffers)
@@ -114,7 +115,7 @@ class MultiLevelCascadeAttentionWrapper:
         its work list. Raises InvalidTypeError, InvalidArgumentError.
         """
         lists = _each("int_workspace_buffers", int_workspace_buffers, len(self._levels))
-        for level, workspace, work in zip(self._levels, _workspaces(float_workspace_buffer, len(lists)), lists):
+        for level, workspace, work in zip(self._levels, split_workspace(float_workspace_buffer, len(lists)), lists):
             level.reset_workspace_buffer(workspace, work)
         self._shape = None
 
@@ -219,14 +220,3 @@ def _each(name: str, values: Optional[Sequence[Any]], count: int) -> Sequence[An
     if len(values) != count:
         raise InvalidArgumentError(f"{name} must have an element for each of {count} levels, got {len(values)}")
     return values
-
-
-def _workspaces(buffer: Any, count: int) -> Sequence[torch.Tensor]:
-    """Give every level room for split results.
-
-    On a GPU one after another uses all of it; on a CPU threads may run several levels at once, so each has a part.
-    """
-    if not isinstance(buffer, torch.Tensor) or buffer.device.type != "cpu" or buffer.dim() != 1:
-        return [buffer] * count
-    size = buffer.numel() // count
-    return [buffer[i * size : (i + 1) * size] for i in range(count)]

@@ -108,6 +108,21 @@ def merge_ragged_states(
     return _merge(states, others, tokens, shape, LOG2_E, out, lse_out, indptr=indptr)
 
 
+class RunningState:
+    """The state of rows of q over the keys so far, in fp32: begins as the unit, (0, -inf).
+
+    o: float32 [tokens, heads, head_dim]; lse: float32 [tokens, heads], natural. head_dim: a multiple of 8 up to 512.
+    """
+
+    def __init__(self, tokens: int, heads: int, head_dim: int, device: Union[torch.device, str]) -> None:
+        self.o = torch.zeros((tokens, heads, head_dim), dtype=torch.float32, device=device)
+        self.lse = torch.full((tokens, heads), float("-inf"), dtype=torch.float32, device=device)
+
+    def add(self, o: torch.Tensor, lse: torch.Tensor) -> None:
+        """Merge the state over further keys: o [tokens, heads, head_dim] of any of the dtypes, natural lse."""
+        merge_pair(self.o, self.lse, o, lse, to_log2=LOG2_E, out=self.o, lse=self.lse)
+
+
 def merge_pair(
     o_a: torch.Tensor,
     lse_a: torch.Tensor,
