@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, List, Sequence
 
 import torch
 
-from flashinfer_core import planner
-
 if TYPE_CHECKING:
+    from flashinfer_attention.plan import Plan
     from flashinfer_attention.recursive import CascadePlan, PlannedLevel
 
 
@@ -40,8 +39,7 @@ def explained(plan: CascadePlan) -> List[str]:
 def _launch(level: PlannedLevel) -> str:
     kernels = level.plan.kernels
     runs = [run for run in level.level.runs if run.keys]
-    words = level.plan.work[: 4 * (kernels.workers + 2)].cpu().view(torch.int32).tolist()
-    items, cut = words[kernels.workers], words[planner.plan_offsets(kernels.workers).num_merges // 4]
+    items, cut = _word(level.plan, 4 * kernels.workers), _word(level.plan, _merges_at(level.plan))
     rows = sorted({run.rows for run in runs}) or [0]
     keys = sorted({run.keys for run in runs}) or [0]
     return (
@@ -49,6 +47,15 @@ def _launch(level: PlannedLevel) -> str:
         f"tiles of {kernels.tile_rows} rows x {kernels.kv_tile} keys ({kernels.attention.variant.name}), "
         f"{items} pieces of work for {kernels.workers} workers, {cut} tiles split"
     )
+
+
+def _merges_at(plan: Plan) -> int:
+    """Return the offset of the number of merges in the work list, which begins with where each worker's items end."""
+    return int(plan.merge_params.num_merges - plan.attention_params.worker_indptr)
+
+
+def _word(plan: Plan, offset: int) -> int:
+    return int(plan.work[offset : offset + 4].cpu().view(torch.int32))
 
 
 def _range(values: Sequence[int]) -> str:
