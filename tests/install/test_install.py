@@ -124,6 +124,6 @@ def test_images_for_this_cpu_are_shipped(everything: Environment, module: str) -
     levels = {path.name for path in (everything.site / module / "images").iterdir()}
     wanted = os.environ.get("FLASHINFER_TARGETS", "cpu")
     if wanted == "cpu":
-        assert {"x86_64_v2", "x86_64_v3", "x86_64_v4"} <= levels or "aarch64" in levels
+        assert {"x86_64_v2", "x86_64_v3", "x86_64_v4", "x86_64_amx"} <= levels or "aarch64" in levels
     else:
         assert levels == set(wanted.split(","))

@@ -98,9 +98,9 @@ def test_targets_default_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(machine, "gpu_targets", lambda: ["sm_80"])
     monkeypatch.setattr(machine, "MACHINE", "x86_64")
     monkeypatch.delenv("FLASHINFER_TARGETS", raising=False)
-    assert compiled.targets() == ["x86_64_v2", "x86_64_v3", "x86_64_v4", "sm_80"]
+    assert compiled.targets() == ["x86_64_v2", "x86_64_v3", "x86_64_v4", "x86_64_amx", "sm_80"]
     monkeypatch.setenv("FLASHINFER_TARGETS", "sm_90,cpu")
-    assert compiled.targets() == ["sm_90", "x86_64_v2", "x86_64_v3", "x86_64_v4"]
+    assert compiled.targets() == ["sm_90", "x86_64_v2", "x86_64_v3", "x86_64_v4", "x86_64_amx"]
 
 
 def test_tags_name_python_for_the_extension_alone() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 from pathlib import Path
+from typing import Tuple
 
 import pytest
 
@@ -84,11 +85,15 @@ def test_images_are_reproducible_and_keys_tell_all_they_depend_on(variant: Scale
 
 
 @pytest.mark.parametrize(
-    ("flag", "zig"),
-    [("-march=x86-64-v3", "-mcpu=x86_64_v3"), ("-march=armv8-a", "-mcpu=generic"), ("-fno-math-errno",) * 2],
+    ("flags", "processor"),
+    [
+        (("-march=x86-64-v3",), "x86_64_v3"),
+        (("-march=armv8-a",), "generic"),
+        (("-march=x86-64-v4", "-mamx-tile", "-mavx512bf16"), "x86_64_v4+amx_tile+avx512bf16"),
+    ],
 )
-def test_zig_has_its_own_names_of_processors(flag: str, zig: str) -> None:
-    assert compiler.zig_flag(flag) == zig
+def test_zig_has_its_own_names_of_processors(flags: Tuple[str, ...], processor: str) -> None:
+    assert compiler.zig_flags(("-fno-math-errno", *flags)) == ["-fno-math-errno", f"-mcpu={processor}"]
 
 
 def test_cpu_error_quotes_the_offending_line(package: Path) -> None:

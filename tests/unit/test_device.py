@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 
 import pytest
 
 from flashinfer_core import device
 from flashinfer_core.device import Gpu
 from flashinfer_core.errors import DriverError, InvalidArgumentError
-from flashinfer_core.targets import cpu_candidates
+from flashinfer_core.targets import cpu_candidates, target_named
 
 CPUINFO = """processor\t: 0
 model name\t: Some CPU @ 2.0GHz
@@ -26,6 +27,22 @@ def test_cpuinfo_of_x86_and_arm() -> None:
     assert (cpu.model, cpu.flags) == ("Some CPU @ 2.0GHz", frozenset({"fpu", "sse", "avx2"}))
     arm = device.parse_cpuinfo("aarch64", "processor\t: 0\nFeatures\t: fp asimd\n")
     assert (arm.model, arm.flags) == ("", frozenset({"fp", "asimd"}))
+
+
+@pytest.mark.parametrize("permitted", [True, False])
+def test_tiles_count_where_linux_permits_them(permitted: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    flags = " ".join(target_named("x86_64_amx").cpu_flags)
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(device, "permit_tiles", lambda: permitted)
+    found = device.read_cpu(cpuinfo)
+    assert found.flags == set(flags.split()) - (set() if permitted else {"amx_tile"})
+    assert cpu_candidates("x86_64", found.flags)[0] == ("x86_64_amx" if permitted else "x86_64_v4")
+
+
+@pytest.mark.skipif("amx_tile" not in device.cpu().flags, reason="this CPU, or its Linux, has no tiles")
+def test_permission_for_tiles_can_be_asked_again() -> None:
+    assert device.permit_tiles()
 
 
 def test_this_cpu_has_candidates() -> None:

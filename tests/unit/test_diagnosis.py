@@ -168,12 +168,14 @@ def test_notes() -> None:
     facts = dataclasses.replace(
         SOUND,
         torch=TorchBuild("2.5.1", None),
+        cpu=Cpu("x86_64", "Some CPU", frozenset({"amx_bf16"})),
         nvrtc_error="none",
         cache={"/a": "Permission denied"},
         environment={"FLASHINFER_THREADS": "2", "FLASHINFER_NUM_THREADS": "2", "CUDA_HOME": "/usr/local/cuda"},
     )
     assert [note.split(":")[0].split(",")[0] for note in diagnosis.notes(facts)] == [
         "torch was built without CUDA",
+        "Linux does not let this process use AMX",
         "no NVRTC",
         "no cache folder is usable",
         "this library reads no variable FLASHINFER_THREADS; docs/images.md lists those that it reads",

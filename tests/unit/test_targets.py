@@ -30,10 +30,13 @@ def test_gpu_before_turing_is_named_with_its_limit(capability: tuple[int, int]) 
         targets.cuda_candidates(capability)
 
 
-@pytest.mark.parametrize("level", [2, 3, 4])
-def test_cpu_levels_follow_from_flags(level: int) -> None:
-    flags = set(targets.target_named(f"x86_64_v{level}").cpu_flags) | {"sse", "hypervisor"}
-    assert targets.cpu_candidates("x86_64", flags) == [f"x86_64_v{n}" for n in range(level, 1, -1)]
+CPU_LEVELS = ["x86_64_v2", "x86_64_v3", "x86_64_v4", "x86_64_amx"]
+
+
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_cpu_levels_follow_from_flags(level: str) -> None:
+    flags = set(targets.target_named(level).cpu_flags) | {"sse", "hypervisor"}
+    assert targets.cpu_candidates("x86_64", flags) == CPU_LEVELS[CPU_LEVELS.index(level) :: -1]
 
 
 def test_cpu_without_one_flag_of_a_level_falls_below_it() -> None:
@@ -53,7 +56,7 @@ def test_unknown_cpu(machine: str, text: str) -> None:
 
 def test_groups_expand_in_order_without_repeats() -> None:
     expanded = targets.expand(["sm_90", "cpu", "cuda"], "x86_64")
-    assert expanded[:4] == ["sm_90", "x86_64_v2", "x86_64_v3", "x86_64_v4"]
+    assert expanded[:5] == ["sm_90", "x86_64_v2", "x86_64_v3", "x86_64_v4", "x86_64_amx"]
     assert sorted(expanded) == sorted(set(targets.TARGETS) - {"aarch64"})
     assert targets.expand(["cpu"], "aarch64") == ["aarch64"]
 

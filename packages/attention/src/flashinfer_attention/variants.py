@@ -12,8 +12,8 @@ PACKAGE = "flashinfer_attention"
 
 CPU_DTYPES = ("f32", "f16", "bf16")
 CPU_MAX_HEAD_DIM = 256
-CPU_DECODE_ROWS, CPU_PREFILL_ROWS = 64, 96
-_CPU_KV_TILES = {CPU_DECODE_ROWS: 64, CPU_PREFILL_ROWS: 96}
+CPU_DECODE_ROWS, CPU_PREFILL_ROWS, CPU_AMX_ROWS = 64, 96, 192
+_CPU_KV_TILES = {CPU_DECODE_ROWS: 64, CPU_PREFILL_ROWS: 96, CPU_AMX_ROWS: 192}
 # Packed rows of a KV head from which converting keys once for a blocked product pays.
 CPU_MAX_DECODE_ROWS = 16
 # On a CPU, workers beyond the threads let a thread that finished early take over from one that was interrupted.
@@ -238,7 +238,8 @@ def choose(
     on it, so a plan for one kernel serves the other. Pure; nothing is loaded.
     """
     if target not in SHARED_LIMITS:
-        return AttentionCpu(dtype, CPU_DECODE_ROWS if max_rows <= CPU_MAX_DECODE_ROWS else CPU_PREFILL_ROWS)
+        decode_rows, prefill_rows = _cpu_tile_rows(target, dtype)
+        return AttentionCpu(dtype, decode_rows if max_rows <= CPU_MAX_DECODE_ROWS else prefill_rows)
     wanted = (head_dim, head_dim if head_dim_vo is None else head_dim_vo)
     dims = next(dims for dims in _CUDA_DIMS if wanted[0] <= dims[0] and wanted[1] <= dims[1])
     plain = dims == wanted and dims[0] == dims[1] and dims[0] in _PLAIN_DIMS and not general
@@ -273,7 +274,7 @@ def _shipped_states(target: str) -> Tuple[States, ...]:
 def shipped(target: str) -> Tuple[AnyVariant, ...]:
     """List the variants that a wheel holds for `target`."""
     if target not in SHARED_LIMITS:
-        cpu = tuple(AttentionCpu(dtype, rows) for dtype in CPU_DTYPES for rows in _CPU_KV_TILES)
+        cpu = tuple(AttentionCpu(dtype, rows) for dtype in CPU_DTYPES for rows in _cpu_tile_rows(target, dtype))
         return (*cpu, *(choose_merge(target, dtype=dtype) for dtype in CPU_DTYPES), *_shipped_states(target))
     dtypes = ("f16",) if target.endswith("_75") else ("f16", "bf16")
     attention = tuple(
@@ -283,6 +284,11 @@ def shipped(target: str) -> Tuple[AnyVariant, ...]:
         for rows in _cuda_tile_rows(dims)
     )
     return (*attention, *(choose_merge(target, dtype=dtype) for dtype in dtypes), *_shipped_states(target))
+
+
+def _cpu_tile_rows(target: str, dtype: str) -> Tuple[int, int]:
+    # AMX multiplies so fast that packing keys and values would cost too much if fewer rows shared it.
+    return CPU_DECODE_ROWS, CPU_AMX_ROWS if (target, dtype) == ("x86_64_amx", "bf16") else CPU_PREFILL_ROWS
 
 
 def _cuda_tile_rows(dims: Tuple[int, int]) -> Tuple[int, ...]:

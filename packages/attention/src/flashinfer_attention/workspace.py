@@ -199,8 +199,8 @@ def workspace_bytes(
     refuse(problem, ())
     rows_of = max_q_len * problem.group
     variants = [
-        choose(target, dtype="f16", kv_dtype="f16", head_dim=head_dim, head_dim_vo=vo, max_rows=rows_of)
-        for target in (("x86_64_v2",) if problem.is_cpu else SHARED_LIMITS)
+        choose(target, dtype="bf16", kv_dtype="bf16", head_dim=head_dim, head_dim_vo=vo, max_rows=rows_of)
+        for target in (("x86_64_v2", "x86_64_amx") if problem.is_cpu else SHARED_LIMITS)
     ]
     if deterministic:
         rows = [max_requests * _fixed_rows(problem, variant, max_q_len, max_kv_len) for variant in variants]

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Mapping
+from typing import Mapping, Sequence
 
 from flashinfer_core import nvrtc as nvrtc_module
 from flashinfer_core import unit as unit_module
@@ -107,12 +107,12 @@ def cxx_identity(command: str) -> str:
     return (done.stdout.splitlines() or [command])[0]
 
 
-def zig_flag(flag: str) -> str:
-    """Spell an architecture flag of GCC and Clang for zig, which has names of its own."""
-    name, equals, value = flag.partition("=")
-    if name != "-march":
-        return flag
-    return f"-mcpu{equals}{'generic' if value == 'armv8-a' else value.replace('-', '_')}"
+def zig_flags(flags: Sequence[str]) -> list[str]:
+    """Spell the flags of GCC and Clang for zig, which takes a processor and its extensions as one name."""
+    march = next(flag.partition("=")[2] for flag in flags if flag.startswith("-march="))
+    processor = "generic" if march == "armv8-a" else march.replace("-", "_")
+    extensions = [flag[2:].replace("-", "_") for flag in flags if flag.startswith("-m") and "=" not in flag]
+    return [*(flag for flag in flags if not flag.startswith("-m")), f"-mcpu={'+'.join([processor, *extensions])}"]
 
 
 def _compile_cpu(unit: Unit) -> bytes:
@@ -120,7 +120,7 @@ def _compile_cpu(unit: Unit) -> bytes:
     with tempfile.TemporaryDirectory(prefix="flashinfer-") as folder:
         # Relative paths only: the object must not depend on the temporary folder's name.
         _write_tree(Path(folder), {**unit.headers, "unit.cpp": unit.text.encode()})
-        flags = [zig_flag(flag) for flag in unit.flags] if "zig" in command else unit.flags
+        flags = zig_flags(unit.flags) if "zig" in command else unit.flags
         arguments = [*shlex.split(command), *flags, "-I.", "unit.cpp", "-o", "unit.so", "-lm"]
         environment = {**os.environ, "LC_ALL": "C"}
         done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, env=environment)

@@ -5,11 +5,13 @@ Everything that decides takes these as arguments, so it is tested where there is
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from flashinfer_core import settings, targets
@@ -18,7 +20,10 @@ from flashinfer_core.errors import DriverError
 
 @dataclass(frozen=True)
 class Cpu:
-    """The processor: platform.machine(), its model's name, its flags as /proc/cpuinfo spells them."""
+    """The processor: platform.machine(), its model's name, its flags as /proc/cpuinfo spells them.
+
+    `amx_tile` is among the flags only where Linux lets this process use tiles.
+    """
 
     machine: str
     model: str
@@ -41,12 +46,28 @@ class Gpu:
 
 @functools.lru_cache(maxsize=None)
 def cpu() -> Cpu:
-    """Return the processor of this machine."""
+    """Return the processor of this machine, having asked Linux for the tiles of AMX where it has them."""
+    return read_cpu(Path("/proc/cpuinfo"))
+
+
+def read_cpu(cpuinfo: Path) -> Cpu:
+    """Do the work of `cpu` for another file than /proc/cpuinfo."""
     try:
-        with open("/proc/cpuinfo") as file:
-            return parse_cpuinfo(platform.machine(), file.read())
+        found = parse_cpuinfo(platform.machine(), cpuinfo.read_text())
     except OSError:
         return Cpu(platform.machine(), platform.processor(), frozenset())
+    refused = {"amx_tile"} if "amx_tile" in found.flags and not permit_tiles() else set()
+    return replace(found, flags=found.flags - refused)
+
+
+def permit_tiles() -> bool:
+    """Ask Linux to let this process, all its threads and children, use AMX; say whether it does.
+
+    Without this the first tile instruction kills the process: saving tiles makes each signal frame 8 KB larger, so
+    Linux wants to be asked. Before 5.16, where a thread's signal stack is too small, and in some sandboxes it refuses.
+    """
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
 
 
 def parse_cpuinfo(machine: str, text: str) -> Cpu:

@@ -46,6 +46,8 @@ def notes(facts: Facts) -> list[str]:
     found: list[str] = []
     if facts.gpus and facts.torch and not facts.torch.cuda:
         found.append("torch was built without CUDA, so everything runs on the CPU although there is a GPU")
+    if "amx_bf16" in facts.cpu.flags and "amx_tile" not in facts.cpu.flags:
+        found.append("Linux does not let this process use AMX, so kernels run without it; Linux 5.16 and newer do")
     if facts.nvrtc_error:
         found.append("no NVRTC: a kernel that does not ship cannot be compiled; pip install nvidia-cuda-nvrtc")
     if facts.cache and not any(why in ("", "No such file or directory") for why in facts.cache.values()):

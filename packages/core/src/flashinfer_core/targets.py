@@ -15,13 +15,17 @@ Capability = Tuple[int, int]
 
 @dataclass(frozen=True)
 class Target:
-    """One architecture. `kind` is cubin, ptx or cpu; `capability` is (0, 0) on CPUs; `march` is empty on GPUs."""
+    """One architecture. `kind` is cubin, ptx or cpu; `capability` is (0, 0) on CPUs.
+
+    `march` and `extensions` are what a C++ compiler calls a CPU level and what comes on top of it; empty on GPUs.
+    """
 
     name: str
     kind: str
     capability: Capability = (0, 0)
     march: str = ""
     cpu_flags: tuple[str, ...] = ()
+    extensions: tuple[str, ...] = ()
 
     @property
     def is_cpu(self) -> bool:
@@ -37,6 +41,7 @@ class Target:
 _V2 = ("cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3")
 _V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_AMX = (*_V4, "amx_tile", "amx_bf16", "avx512_bf16")
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -53,6 +58,9 @@ TARGETS: dict[str, Target] = {
         Target("x86_64_v2", "cpu", march="x86-64-v2", cpu_flags=_V2),
         Target("x86_64_v3", "cpu", march="x86-64-v3", cpu_flags=_V3),
         Target("x86_64_v4", "cpu", march="x86-64-v4", cpu_flags=_V4),
+        Target(
+            "x86_64_amx", "cpu", march="x86-64-v4", cpu_flags=_AMX, extensions=("amx-tile", "amx-bf16", "avx512bf16")
+        ),
         Target("aarch64", "cpu", march="armv8-a"),
     )
 }

@@ -62,7 +62,7 @@ def describe(variant: Variant, target: str, *, compiler: str, kernels: Path | No
     text = "".join(f'#include "{name}"\n' for name in _includes(variant, target))
     flags: tuple[str, ...] = GPU_FLAGS
     if facts.is_cpu:
-        flags = (*CPU_FLAGS, f"-march={facts.march}")
+        flags = (*CPU_FLAGS, f"-march={facts.march}", *(f"-m{extension}" for extension in facts.extensions))
         text += _cpu_entry(variant.expression)
     return Unit(variant.name, variant.expression, target, text, files, flags, compiler)
 

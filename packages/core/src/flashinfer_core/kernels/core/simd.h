@@ -178,6 +178,7 @@ inline bf16 round_to(float x, bf16) {
 
 inline float round_to(float x, f32) { return x; }
 
+#if !defined(__AVX512F__)
 // 2^x for x <= 0, within 2 units in the last place; results below 2^-126 are 0 and NaN stays NaN.
 //
 // Adding 1.5 * 2^23 leaves the integer part of x in the low bits; the polynomial (own minimax fit, relative error
@@ -193,6 +194,7 @@ inline Floats exp2(Floats x) {
   power = fma(power, rest, splat(1.f));
   return power * (Floats)(((Words)shifted + 127) << 23);
 }
+#endif
 
 // x with lane i and lane i ^ kBit exchanged.
 template <int kBit, int... i>
