@@ -6,7 +6,8 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = sorted(path.stem for path in Path(__file__).parent.glob("attention_*.py"))
+HELPERS = {"__init__", "__main__", "plot", "report"}
+NAMES = sorted({path.stem for path in Path(__file__).parent.glob("*.py")} - HELPERS)
 
 
 def main() -> int:

@@ -15,11 +15,12 @@ import flashinfer
 
 @dataclass
 class Table:
-    """A titled table; numbers get one decimal, None a dash."""
+    """A titled table, below `intro` if it has one; numbers get one decimal, None a dash."""
 
     title: str
     columns: Sequence[str]
     rows: List[List[str]] = field(default_factory=list)
+    intro: str = ""
 
     def add(self, values: Sequence[object]) -> None:
         """Add a row and print it at once: a benchmark is long, and its reader should see it move."""
@@ -31,7 +32,8 @@ class Table:
     def markdown(self) -> str:
         """Return the table as Markdown under a heading."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        intro = f"{self.intro}\n\n" if self.intro else ""
+        return f"## {self.title}\n\n{intro}" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _cell(value: object) -> str:
