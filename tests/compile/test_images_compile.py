@@ -1,7 +1,7 @@
 """Every shipped variant of every package compiles for every target: registers, spills, shared memory.
 
-FLASHINFER_TARGETS chooses the list (default: this machine's best CPU level, sm_75, sm_80 and sm_90a: the code paths that
-differ; PTX comes out of the same front end as the cubin of its version, and `nox -s images` covers all chips).
+FLASHINFER_TARGETS chooses the list (default: this machine's best CPU level, and sm_75, sm_80 and sm_90a: the code paths
+that differ; PTX comes out of the same front end as the cubin of its version, and `nox -s images` covers all chips).
 """
 
 from __future__ import annotations
