@@ -250,6 +250,10 @@ def test_what_is_refused() -> None:
         merge_state_in_place(a, lse_a, a, lse_a, mask=torch.ones(3))
     with pytest.raises(InvalidTypeError, match=r"indptr must be torch\.int32"):
         merge_ragged_states(a, lse_a, torch.tensor([0, 3]))
+    with pytest.raises(InvalidArgumentError, match="elements of out share memory"):
+        merge_state(a, lse_a, a, lse_a, out=a[:1].expand(3, 4, 64))
+    with pytest.raises(InvalidArgumentError, match="elements of lse share memory"):
+        merge_state_in_place(a, lse_a[:1].expand(3, 4), a, lse_a)
     with pytest.raises(InvalidArgumentError, match="one element more than there are rows"):
         merge_ragged_states(a, lse_a, torch.empty(0, dtype=torch.int32))
 

@@ -23,7 +23,7 @@ from flashinfer_core.errors import (
     UnsupportedOptionError,
 )
 from flashinfer_core.kernel import Kernel, load
-from flashinfer_core.outputs import check_output
+from flashinfer_core.outputs import check_apart, check_output
 from flashinfer_core.params import structure
 from flashinfer_core.tensors import check_int32, check_tensor, lacks_bfloat16
 
@@ -242,6 +242,7 @@ def _merge(
         lse = torch.empty(shape[:2], dtype=torch.float32, device=device)
     else:
         _check_lse("lse", lse, shape[:2], device)
+        check_apart("lse", lse)
     if out.numel() == 0:
         return out, lse
     params = _structure()(
