@@ -21,7 +21,7 @@ constexpr size_t kStackBytes = size_t(4) << 20;  // kernels keep their tiles the
 constexpr size_t kLeastStackBytes = size_t(1) << 20;
 constexpr int32_t kMaxThreads = 1024;
 constexpr int32_t kWakesPerThread = 2;  // each woken thread wakes two more: a tree, not a queue at the caller
-constexpr auto kTail = std::chrono::microseconds(20);
+constexpr auto kTail = std::chrono::microseconds(100);  // helpers start later than the caller by less
 
 struct Job {
   CpuEntryPoint entry;

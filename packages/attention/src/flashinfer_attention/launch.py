@@ -10,6 +10,7 @@ import torch
 
 from flashinfer_attention.checks import Problem
 from flashinfer_attention.variants import (
+    CPU_THREADS_PER_MERGER,
     CPU_WORKERS_PER_THREAD,
     PACKAGE,
     AnyAttention,
@@ -55,8 +56,11 @@ class Kernels(NamedTuple):
     def merge_workers(self, merges: int) -> int:
         """Return the workers that merge so many tiles, none where there is none.
 
-        A CTA takes four rows at a time, or one of a decode tile, which has many pieces (merge.cuh).
+        A CTA takes four rows at a time, or one of a decode tile, which has many pieces (merge.cuh). Threads wake
+        slowly: in the time one merges what CPU_THREADS_PER_MERGER of them have cut.
         """
+        if self.key.where == "cpu":
+            return min(merges, -(-self.merge.max_workers // CPU_THREADS_PER_MERGER))
         return min(self.merge.max_workers, -(-merges * self.tile_rows // (4 if self.tile_rows > 16 else 1)))
 
     def attention_for(self, general: bool) -> Kernel:

@@ -18,6 +18,7 @@ _CPU_KV_TILES = {CPU_DECODE_ROWS: 64, CPU_PREFILL_ROWS: 96, CPU_AMX_ROWS: 192}
 CPU_MAX_DECODE_ROWS = 16
 # On a CPU, workers beyond the threads let a thread that finished early take over from one that was interrupted.
 CPU_WORKERS_PER_THREAD = 4
+CPU_THREADS_PER_MERGER = 4
 
 STATE_DTYPES = ("f32", "f16", "bf16")
 STATES_THREADS = 256
