@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from time import perf_counter
@@ -16,11 +17,14 @@ from paged_llama import Request, Timing
 @torch.inference_mode()
 def generate_eager(model: Any, request: Request, max_new_tokens: int, stop: int, timing: Timing) -> None:
     """Answer `request` greedily with `model` (attn_implementation="eager") and add to `timing`."""
-    cache, tokens = DynamicCache(), request.prompt
+    # The argument's name since transformers 5.24, and before.
+    known = inspect.signature(model.model.forward).parameters
+    cache = {"cache" if "cache" in known else "past_key_values": DynamicCache()}
+    tokens = request.prompt
     while len(request.answer) < max_new_tokens and request.answer[-1:] != [stop]:
         begin = perf_counter()
         ids = torch.tensor([tokens], device=model.device)
-        hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = model.model(input_ids=ids, use_cache=True, **cache).last_hidden_state
         row = model.lm_head(hidden[0, -1]).float()
         request.logits.append(row)
         request.answer.append(int(row.argmax()))

@@ -80,7 +80,7 @@ def test_core_works_without_torch(index: str, tmp_path: Path) -> None:
     bare.install("flashinfer-core")
     assert bare.installed() == {"flashinfer-core"}
     bare.python("import flashinfer_core, sys; assert 'torch' not in sys.modules")
-    bare.python("from flashinfer_core import _host; _host.plan_offsets(4)")
+    bare.python("from flashinfer_core import _host; _host.plan_offsets(4, 3)")
 
 
 def test_doctor_speaks_without_gpu_and_torch(index: str, tmp_path: Path) -> None:
