@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -33,6 +34,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def device(request: pytest.FixtureRequest) -> str:
     """Run the test on the CPU and, where there is one, on a GPU."""
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _problems_are_checked_anew() -> None:
+    """Forget problems found to have kernels: tests change what there are kernels for."""
+    checks = sys.modules.get("flashinfer_attention.checks")
+    if checks is not None:
+        checks._problem.cache_clear()
 
 
 @pytest.fixture

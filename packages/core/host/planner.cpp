@@ -118,7 +118,7 @@ int32_t most_key_tiles(const PlanShape& shape, int32_t q_len, int32_t kv_len) {
   const bool slides = shape.window_left >= 0 && shape.causal && tiles > 1;
   if (!slides) {
     const int32_t longest = shape.causal ? std::max(tiles - 1, 0) : 0;
-    return tile_keys(shape, {0, q_len, 0, kv_len, tiles}, longest).count();
+    return key_tiles(shape, {0, q_len, 0, kv_len, tiles}, longest);
   }
   const int64_t queries = (int64_t(shape.tile_rows) + shape.group - 2) / shape.group + 1;
   const int64_t keys = shape.window_left + queries;  // from the first that the first query sees, through the last

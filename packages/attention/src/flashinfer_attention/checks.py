@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
 import torch
 
 from flashinfer_attention.support import KV_ELEMENTS, Asked, refusals
+from flashinfer_core import settings
 from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedDeviceError
 from flashinfer_core.outputs import check_output
 from flashinfer_core.tensors import KeyValue, check_integer, check_tensor, lacks_bfloat16
@@ -68,6 +70,32 @@ def make_problem(
     deterministic: bool = False,
 ) -> Problem:
     """Return the problem, or raise the typed error that says which part of it has no kernel."""
+    device = _indexed(device)
+    forced = "" if device.type == "cpu" else settings.forced_target("cuda")
+    sizes = (num_qo_heads, num_kv_heads, head_dim, head_dim_vo, window_left)
+    try:
+        return _problem(*sizes, causal, dtype, kv_dtype, device, has_mask, deterministic, forced)
+    except TypeError:  # what cannot be looked up is wrong, and is named there
+        return _problem.__wrapped__(*sizes, causal, dtype, kv_dtype, device, has_mask, deterministic, forced)
+
+
+# Engines plan the same problem in every step. `forced` is a part of what decides: some targets have no bfloat16.
+@functools.lru_cache(maxsize=256, typed=True)
+def _problem(
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    head_dim_vo: Optional[int],
+    window_left: int,
+    causal: bool,
+    dtype: torch.dtype,
+    kv_dtype: Optional[torch.dtype],
+    device: torch.device,
+    has_mask: bool,
+    deterministic: bool,
+    forced: str,
+) -> Problem:
+    del forced
     head_dim = check_integer("head_dim", head_dim)
     problem = Problem(
         num_qo_heads=check_integer("num_qo_heads", num_qo_heads),
@@ -77,7 +105,7 @@ def make_problem(
         causal=bool(causal) and not has_mask,
         dtype=dtype,
         kv_dtype=dtype if kv_dtype is None else kv_dtype,
-        device=_indexed(device),
+        device=device,
         window_left=max(check_integer("window_left", window_left), -1),
         has_mask=has_mask,
         deterministic=bool(deterministic),

@@ -29,13 +29,12 @@ struct PlanRequest {
   int32_t tiles;  // of a KV head
 };
 
-// Key tiles [begin, end) of a tile; the last one is seen up to key `visible`.
+// What the rows of a tile see: from key tile `begin` up to key `visible`.
 struct TileKeys {
   int32_t begin;
-  int32_t end;
   int32_t visible;
 
-  FLASHINFER_HOST_DEVICE int32_t count() const { return end - begin; }
+  FLASHINFER_HOST_DEVICE int32_t count(int32_t kv_tile) const { return ceil_div(visible, kv_tile) - begin; }
 };
 
 FLASHINFER_HOST_DEVICE inline TileKeys tile_keys(const PlanShape& shape, const PlanRequest& request, int32_t tile) {
@@ -43,7 +42,11 @@ FLASHINFER_HOST_DEVICE inline TileKeys tile_keys(const PlanShape& shape, const P
   const int32_t visible =
       visible_keys(request.q_len, request.kv_len, shape.group, shape.tile_rows, shape.causal, row_begin);
   const int32_t first = first_key(request.q_len, request.kv_len, shape.group, shape.window_left, row_begin);
-  return {first / shape.kv_tile, ceil_div(visible, shape.kv_tile), visible};
+  return {first > 0 ? first / shape.kv_tile : 0, visible};  // most begin at key 0, and divisions take long
+}
+
+FLASHINFER_HOST_DEVICE inline int32_t key_tiles(const PlanShape& shape, const PlanRequest& request, int32_t tile) {
+  return tile_keys(shape, request, tile).count(shape.kv_tile);
 }
 
 // The sum of floor((offset + slope * i) / divisor) over 0 <= i < count; nothing is negative. As Euclid's algorithm.
@@ -72,7 +75,7 @@ FLASHINFER_HOST_DEVICE inline int64_t clamped_floor_sum(int64_t count, int64_t s
 // Key tiles of the first `tiles` tiles of a request, for one KV head.
 FLASHINFER_HOST_DEVICE inline int64_t key_tiles_before(const PlanShape& shape, const PlanRequest& request,
                                                        int32_t tiles) {
-  if (tiles == 1) return tile_keys(shape, request, 0).count();
+  if (tiles == 1) return key_tiles(shape, request, 0);
   const int64_t all = ceil_div(request.kv_len, shape.kv_tile);
   const int64_t group = shape.group, rows = shape.tile_rows, divisor = group * shape.kv_tile;
   const int64_t position = int64_t(request.kv_len) - request.q_len;  // of the first query

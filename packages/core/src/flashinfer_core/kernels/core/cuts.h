@@ -85,7 +85,7 @@ FLASHINFER_HOST_DEVICE inline void add_fixed(const PlanShape& shape, const PlanR
   sums.items += tiles;
   if (ceil_div(request.kv_len, shape.kv_tile) <= piece) return;
   for (int32_t tile = 0; tile < tiles; ++tile) {
-    const int32_t pieces = pieces_of(tile_keys(shape, request, tile).count(), piece);
+    const int32_t pieces = pieces_of(key_tiles(shape, request, tile), piece);
     sums.items += pieces - 1;
     sums.pieces += pieces > 1 ? pieces : 0;
     sums.merges += pieces > 1;
@@ -166,7 +166,7 @@ FLASHINFER_HOST_DEVICE void find_ends(const Team& team, const PlanShape& shape, 
     int64_t offset = unit - kv_head * cost_of_head;
     const int32_t tile = tile_at_cost(shape, r, offset);
     scratch.ends[worker] = WorkerEnd{request, before[request].tiles + kv_head * r.tiles + tile, int32_t(offset + 1),
-                                     tile_keys(shape, r, tile).count()};
+                                     key_tiles(shape, r, tile)};
   }
   team.sync();
 }

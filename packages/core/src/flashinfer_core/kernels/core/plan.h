@@ -61,31 +61,51 @@ FLASHINFER_HOST_DEVICE void deal_fixed(const Team& team, const PlanShape& shape,
   }
 }
 
-// Writes the tiles of one request from `tile` of it on, at most `count`, and returns how many.
-FLASHINFER_HOST_DEVICE inline int32_t write_some(const PlanWriter& writer, const PlanRequest& r, int32_t request,
-                                                 int32_t tile, int32_t count, const PlanScratch& scratch,
-                                                 const PlanCut* cut, const PlanCut* last, int32_t& cuts) {
-  const PlanShape& shape = writer.shape;
-  const PlanSums& before = scratch.before[request];
-  const bool alone = r.tiles == 1;  // as in decode: then all heads have the same tile
-  const int32_t kv_head = alone ? tile : tile / r.tiles;
-  const int32_t inner = alone ? 0 : tile % r.tiles;
-  const TileKeys keys = tile_keys(shape, r, inner);
-  const WorkItem item = PlanWriter::item(r, request, kv_head, inner * shape.tile_rows);
-  if (shape.fixed_piece > 0) {
-    writer.write_fixed(item, keys, fixed_piece(shape, r), fixed_place(shape, r, before, kv_head, inner));
-    return 1;
+// The tiles [begin, end) of the batch, all of one request.
+struct TileRun {
+  PlanRequest r;
+  int32_t request;
+  int32_t first;  // tile of that request
+  int32_t begin;
+  int32_t end;
+};
+
+// Writes tiles that the workers' ends cut, and returns the first cut after them. A request of one tile, as in decode,
+// has the same tile for every head.
+FLASHINFER_HOST_DEVICE inline const PlanCut* write_run(const PlanWriter& writer, const TileRun& run,
+                                                       const PlanCut* cuts, const PlanCut* next, const PlanCut* last) {
+  const PlanRequest r = run.r;
+  TileKeys keys = tile_keys(writer.shape, r, 0);
+  for (int32_t index = run.begin; index < run.end;) {
+    const int32_t in_request = index - run.first;
+    const int32_t inner = r.tiles == 1 ? 0 : in_request % r.tiles;
+    if (r.tiles > 1) keys = tile_keys(writer.shape, r, inner);
+    const int32_t kv_head = r.tiles == 1 ? in_request : in_request / r.tiles;
+    const WorkItem item = PlanWriter::item(r, run.request, kv_head, inner * writer.shape.tile_rows);
+    const int32_t uncut = next < last ? smaller(next->tile, run.end) : run.end;
+    const int32_t done = int32_t(next - cuts);
+    if (uncut == index) {
+      next = writer.write_cut(item, keys, next, last, done);
+      ++index;
+    } else {
+      const int32_t heads = r.tiles == 1 ? uncut - index : 1;
+      writer.write_whole(item, keys, heads, index + done);
+      index += heads;
+    }
   }
-  const int32_t index = before.tiles + tile;
-  const int32_t done = int32_t(cut - scratch.cuts);
-  if (cut < last && cut->tile == index) {
-    cuts = writer.write_cut(item, keys, cut, last, PlanPlace{index + done, done + cut->merge, cut->merge});
-    return 1;
+  return next;
+}
+
+FLASHINFER_HOST_DEVICE inline void write_fixed_run(const PlanWriter& writer, const TileRun& run,
+                                                   const PlanSums& before) {
+  const PlanRequest& r = run.r;
+  const int32_t piece = fixed_piece(writer.shape, r);
+  for (int32_t index = run.begin; index < run.end; ++index) {
+    const int32_t kv_head = (index - run.first) / r.tiles, inner = (index - run.first) % r.tiles;
+    const WorkItem item = PlanWriter::item(r, run.request, kv_head, inner * writer.shape.tile_rows);
+    writer.write_fixed(item, tile_keys(writer.shape, r, inner), piece,
+                       fixed_place(writer.shape, r, before, kv_head, inner));
   }
-  if (!alone) count = 1;
-  if (cut < last) count = smaller(count, cut->tile - index);
-  writer.write_whole(item, keys, count, index + done);
-  return count;
 }
 
 template <class Team>
@@ -94,19 +114,23 @@ FLASHINFER_HOST_DEVICE void write_tiles(const Team& team, const PlanShape& shape
   const PlanWriter writer = {shape, out};
   const PlanSums* const before = scratch.before;
   const Range mine = share_of(team, before[lengths.num_requests].tiles);
-  const PlanCut* const last = scratch.cuts + num_cuts;
-  const PlanCut* cut =
-      scratch.cuts + first_where(0, num_cuts, [&](int32_t i) { return scratch.cuts[i].tile >= mine.begin; });
-  int32_t request = 0;
-  for (int32_t index = mine.begin; index < mine.end;) {
-    request = first_where(request, lengths.num_requests, [=](int32_t i) { return before[i + 1].tiles > index; });
+  const PlanCut *const cuts = scratch.cuts, *const last = cuts + num_cuts;
+  const PlanCut* next = cuts + first_where(0, num_cuts, [&](int32_t i) { return cuts[i].tile >= mine.begin; });
+  int32_t request = first_where(0, lengths.num_requests, [&](int32_t i) { return before[i + 1].tiles > mine.begin; });
+  for (int32_t index = mine.begin; index < mine.end; ++request) {
     const PlanRequest r = request_at(shape, lengths, request);
-    const int32_t end = smaller(before[request + 1].tiles, mine.end);
-    while (index < end) {
-      int32_t cuts = 0;
-      index += write_some(writer, r, request, index - before[request].tiles, end - index, scratch, cut, last, cuts);
-      cut += cuts;
+    if (r.tiles == 0) continue;
+    const int32_t first = before[request].tiles, end = smaller(before[request + 1].tiles, mine.end);
+    const bool is_cut = next < last && next->tile < end;
+    if (shape.fixed_piece > 0) {
+      write_fixed_run(writer, TileRun{r, request, first, index, end}, before[request]);
+    } else if (r.tiles > 1 || is_cut) {
+      next = write_run(writer, TileRun{r, request, first, index, end}, cuts, next, last);
+    } else {  // decode, and most requests of it
+      const WorkItem item = PlanWriter::item(r, request, index - first, 0);
+      writer.write_whole(item, tile_keys(shape, r, 0), end - index, index + int32_t(next - cuts));
     }
+    index = end;
   }
 }
 

@@ -33,12 +33,21 @@ struct PlanWriter {
   }
 
   // A tile of each of `heads` KV heads, from that of `whole` on.
-  FLASHINFER_HOST_DEVICE void write_whole(WorkItem whole, const TileKeys& keys, int32_t heads, int32_t to) const {
-    whole.kv_begin = keys.begin * shape.kv_tile;
-    whole.kv_end = keys.visible;
+  FLASHINFER_HOST_DEVICE void write_whole(const WorkItem& tile, const TileKeys& keys, int32_t heads, int32_t to) const {
+    WorkItem* const item = out.items + to;
     for (int32_t i = 0; i < heads; ++i) {
-      out.items[to + i] = whole;
-      out.items[to + i].kv_head = whole.kv_head + i;  // apart, so that the item before is copied as vectors
+      item[i].q_start = tile.q_start;
+      item[i].q_len = tile.q_len;
+      item[i].kv_start = tile.kv_start;
+      item[i].kv_len = tile.kv_len;
+      item[i].kv_head = tile.kv_head + i;
+      item[i].row_begin = tile.row_begin;
+      item[i].kv_begin = keys.begin * shape.kv_tile;
+      item[i].kv_end = keys.visible;
+      item[i].partial = -1;
+      item[i].request = tile.request;
+      item[i].merge = -1;
+      item[i].pad = 0;
     }
   }
 
@@ -46,7 +55,7 @@ struct PlanWriter {
   FLASHINFER_HOST_DEVICE void write_piece(WorkItem piece, const TileKeys& keys, int32_t begin, int32_t end,
                                           const PlanPlace& place, int32_t index) const {
     piece.kv_begin = (keys.begin + begin) * shape.kv_tile;
-    piece.kv_end = end == keys.count() ? keys.visible : (keys.begin + end) * shape.kv_tile;
+    piece.kv_end = end == keys.count(shape.kv_tile) ? keys.visible : (keys.begin + end) * shape.kv_tile;
     piece.partial = (place.piece + index) * shape.tile_rows;
     piece.merge = place.merge;
     out.items[place.item + index] = piece;
@@ -62,25 +71,29 @@ struct PlanWriter {
 
   FLASHINFER_HOST_DEVICE void write_fixed(const WorkItem& tile, const TileKeys& keys, int32_t piece,
                                           const PlanPlace& place) const {
-    const int32_t pieces = pieces_of(keys.count(), piece);
+    const int32_t span = keys.count(shape.kv_tile);
+    const int32_t pieces = pieces_of(span, piece);
     if (pieces == 1) return write_whole(tile, keys, 1, place.item);
     for (int32_t i = 0; i < pieces; ++i) {
-      write_piece(tile, keys, i * piece, smaller((i + 1) * piece, keys.count()), place, i);
+      write_piece(tile, keys, i * piece, smaller((i + 1) * piece, span), place, i);
     }
     write_merge(tile, place, pieces);
   }
 
-  // The tile of `cut` and of those cuts after it that are in the same tile; returns how many these are.
-  FLASHINFER_HOST_DEVICE int32_t write_cut(const WorkItem& tile, const TileKeys& keys, const PlanCut* cut,
-                                           const PlanCut* last, const PlanPlace& place) const {
+  // The tile of `next` and of those cuts after it that are in the same tile, after `done` others; returns the cut
+  // after.
+  FLASHINFER_HOST_DEVICE const PlanCut* write_cut(const WorkItem& tile, const TileKeys& keys, const PlanCut* next,
+                                                  const PlanCut* last, int32_t done) const {
+    const int32_t index = next->tile;
+    const PlanPlace place = {index + done, done + next->merge, next->merge};
     int32_t count = 0, begin = 0;
-    for (const PlanCut* next = cut; next < last && next->tile == cut->tile; ++next) {
+    for (; next < last && next->tile == index; ++next) {
       write_piece(tile, keys, begin, next->at, place, count++);
       begin = next->at;
     }
-    write_piece(tile, keys, begin, keys.count(), place, count);
+    write_piece(tile, keys, begin, keys.count(shape.kv_tile), place, count);
     write_merge(tile, place, count + 1);
-    return count;
+    return next;
   }
 };
 
