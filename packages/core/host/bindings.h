@@ -9,6 +9,7 @@ void bind_planner(pybind11::module_& m);
 void bind_cpu(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
 void bind_page_table(pybind11::module_& m);
+void bind_launch(pybind11::module_& m);
 
 // The bytes of a parameter struct, held for the time of a launch.
 class ParamsView {

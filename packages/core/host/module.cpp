@@ -9,4 +9,5 @@ PYBIND11_MODULE(_host, m) {
   flashinfer::host::bind_cpu(m);
   flashinfer::host::bind_cuda(m);
   flashinfer::host::bind_page_table(m);
+  flashinfer::host::bind_launch(m);
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from typing import Any, Callable, Optional, Tuple, Union, cast
+from typing import Any, Callable, NamedTuple, Optional, Sequence, Tuple, Union, cast
 
 from flashinfer_core import device as devices
 from flashinfer_core import images, settings
@@ -48,6 +48,42 @@ class Kernel:
             self._function.launch(params, workers, stream)
         except RuntimeError as error:
             raise DriverError(f"{self.variant.name} on {self.target}: {error}") from None
+
+
+class Step(NamedTuple):
+    """One launch of a row: its parameters are taken by value. programmatic: see `CudaFunction.launch`."""
+
+    kernel: Kernel
+    params: ctypes.Structure
+    workers: int
+    programmatic: bool = False
+
+
+class BoundLaunch:
+    """Kernels of one device in a row, with parameters that lack only addresses, so that a launch is one cheap call.
+
+    slots: for each address, the step and the field, a pointer, where it belongs. Launching is safe from several
+    threads: each has the parameters for itself.
+    """
+
+    def __init__(self, steps: Sequence[Step], slots: Sequence[Sequence[Tuple[int, str]]]) -> None:
+        from flashinfer_core import _host
+
+        self._on_cpu = steps[0].kernel.device == "cpu"
+        self._names = " and ".join(f"{step.kernel.variant.name} on {step.kernel.target}" for step in steps)
+        offsets = [[(step, getattr(type(steps[step].params), field).offset) for step, field in slot] for slot in slots]
+        bare = [(step.kernel._function, step.params, step.workers, step.programmatic) for step in steps]
+        self._bound = _host.bind(bare, offsets)
+
+    def launch(self, addresses: Tuple[int, ...], stream: int = 0) -> None:
+        """Run with these addresses: asynchronously on a GPU's `stream`, to the end on a CPU.
+
+        Raises DriverError where the driver refuses a launch.
+        """
+        try:
+            self._bound.launch(addresses, devices.num_threads() if self._on_cpu else stream)
+        except RuntimeError as error:
+            raise DriverError(f"{self._names}: {error}") from None
 
 
 def load(variant_or_factory: Variant | Factory, device: Device) -> Kernel:
