@@ -47,9 +47,10 @@ def _problems_are_checked_anew() -> None:
 @pytest.fixture
 def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail the test where it launches a kernel."""
-    from flashinfer_core.kernel import Kernel  # here: some tests run where nothing of ours is installed
+    from flashinfer_core.kernel import BoundLaunch, Kernel  # here: some tests run where nothing of ours is installed
 
     def launch(*_: Any, **__: Any) -> None:
         raise AssertionError("a kernel was launched")
 
     monkeypatch.setattr(Kernel, "launch", launch)
+    monkeypatch.setattr(BoundLaunch, "launch", launch)

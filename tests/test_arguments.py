@@ -103,7 +103,7 @@ BAD_PLANS = {
     "sm-scale-nan": ({"sm_scale": float("nan")}, InvalidArgumentError, "sm_scale.*got nan"),
     "sm-scale-infinite": ({"sm_scale": float("inf")}, InvalidArgumentError, "sm_scale.*got inf"),
     "sm-scale-beyond-float32": ({"sm_scale": 1e-50}, InvalidArgumentError, "sm_scale"),
-    "sm-scale-text": ({"sm_scale": "0.1"}, InvalidTypeError, "sm_scale must be a number or None, got str"),
+    "sm-scale-text": ({"sm_scale": "0.1"}, InvalidTypeError, "sm_scale must be a number, got str"),
     "dtype-int8": ({"q_data_type": torch.int8}, UnsupportedOptionError, "dtype=torch.int8"),
     "dtype-unknown": ({"q_data_type": "float17"}, InvalidTypeError, "float17"),
     "kv-dtype": ({"kv_data_type": "bfloat16"}, UnsupportedOptionError, "kv_data_type"),

@@ -167,3 +167,21 @@ def test_an_image_that_does_not_load_is_a_driver_error(package: Path) -> None:
     path.write_bytes(dataclasses.replace(image, payload=b"no shared object").to_bytes())
     with pytest.raises(DriverError, match=f"loading scale-3 for {TARGETS[0]} failed"):
         kernel.load(CPU, "cpu")
+
+
+@pytest.mark.usefixtures("package")
+def test_bound_launches_patch_addresses_into_a_copy() -> None:
+    loaded = kernel.load(CPU, "cpu")
+    struct = params.structure("tiny", "tiny/scale.h", "ScaleParams")
+    steps = [kernel.Step(loaded, struct(count=100), 3), kernel.Step(loaded, struct(count=10), 1)]
+    bound = kernel.BoundLaunch(steps, [[(0, "data"), (1, "data")]])
+    for _ in range(2):
+        data = (ctypes.c_int32 * 100)(*range(100))
+        bound.launch((ctypes.addressof(data),))
+        assert list(data) == [9 * value for value in range(10)] + [3 * value for value in range(10, 100)]
+    with pytest.raises(ValueError, match="takes 1 addresses, got 2"):
+        bound.launch((0, 0))
+    with pytest.raises(TypeError):
+        bound.launch(("address",))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="workers must be at least 1"):
+        kernel.BoundLaunch([kernel.Step(loaded, struct(), 0)], [])

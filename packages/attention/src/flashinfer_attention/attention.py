@@ -11,6 +11,14 @@ from typing import Any, Optional, Tuple, cast
 
 import torch
 
+from flashinfer_attention.call import (
+    Output,
+    accept,
+    baked_signature_of,
+    fill_strides,
+    keep,
+    signature_of,
+)
 from flashinfer_attention.checks import (
     Problem,
     check_key_value,
@@ -19,7 +27,7 @@ from flashinfer_attention.checks import (
     check_query,
     make_problem,
 )
-from flashinfer_attention.launch import Kernels, allocate_partial, copied, load_kernels, stream_of, structures
+from flashinfer_attention.launch import Kernels, allocate_partial, load_kernels, stream_of, structures
 from flashinfer_attention.options import NEUTRAL, Options, Scale
 from flashinfer_attention.plan import Plan, plan_attention
 from flashinfer_attention.support import FP8_ELEMENTS
@@ -27,9 +35,7 @@ from flashinfer_attention.workspace import Workspace, workspace_bytes
 from flashinfer_core import planner
 from flashinfer_core.tensors import KeyValue, check_tensor, key_value
 
-__all__ = ["Plan", "Workspace", "attention", "plan_attention", "run", "run_single", "single", "workspace_bytes"]
-
-Output = Tuple[torch.Tensor, Optional[torch.Tensor]]
+__all__ = ["Plan", "Workspace", "attention", "plan_attention", "run_single", "single", "workspace_bytes"]
 
 
 def attention(
@@ -67,57 +73,24 @@ def attention(
     Asynchronous on GPUs, on torch's current stream. Raises InvalidArgumentError, InvalidTypeError,
     UnsupportedOptionError, WorkspaceError before anything is launched.
     """
-    kv = key_value(k, v, paged=plan.page_size is not None)
-    options = Options(
-        sm_scale=sm_scale,
-        logits_soft_cap=logits_soft_cap,
-        alibi=alibi,
-        rope=rope,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-        sinks=sinks,
-        q_scale=q_scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        mask=mask,
-        mask_indptr=mask_indptr,
-    )
-    return _both(run(plan, q, kv, page_table, options, lse_scale=1.0, out=out, lse=lse, wants_lse=True))
-
-
-def run(
-    plan: Plan,
-    q: torch.Tensor,
-    kv: KeyValue,
-    page_table: Optional[torch.Tensor],
-    options: Options,
-    *,
-    lse_scale: float,
-    out: Optional[torch.Tensor],
-    lse: Optional[torch.Tensor],
-    wants_lse: bool,
-) -> Output:
-    """Check, launch, and return (o, lse if given or wanted); the body of `attention` for callers with a KeyValue."""
-    problem = plan.problem
-    check_query(problem, q, None if plan.workspace.fixed else plan.tokens)
-    check_key_value(problem, kv)
-    plan.check_cache(kv, page_table)
-    check_outputs(problem, q.shape[0], out, lse)
-    options.check(problem, plan.lengths.num_requests)
-    plan.check_current(q.shape[0], page_table)
-    out, lse = _outputs(problem, q, out, lse, wants_lse)
-    if plan.is_empty:
-        return out, lse
-
-    params = copied(plan.attention_params)
-    params.page_table = 0 if page_table is None else page_table.data_ptr()
-    merge = copied(plan.merge_params) if plan.merge_workers else None
-    options.fill(params, merge, problem)
-    _fill(params, q, kv, out, lse, lse_scale)
-    if merge is not None:
-        _fill_output(merge, out, lse, lse_scale)
-    plan.launch(params, merge, options.general)
-    return out, lse
+    scalars = (sm_scale, logits_soft_cap, alibi, rope, rope_scale, rope_theta)
+    tensors = (sinks, q_scale, k_scale, v_scale, mask, mask_indptr)
+    call = signature = None
+    try:
+        signature = (
+            (q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride()),
+            (v.dtype, v.device, signature_of(page_table), signature_of(out), signature_of(lse), scalars),
+            tuple(map(baked_signature_of, tensors)),
+        )
+        call = plan.calls.get(signature)
+    except (AttributeError, TypeError):  # what is no tensor or no number; `accept` names it
+        pass
+    if call is None:
+        kv = key_value(k, v, paged=plan.page_size is not None)
+        options = Options(*scalars, *tensors)
+        call = accept(plan, q, kv, page_table, options, lse_scale=1.0, out=out, lse=lse, wants_lse=True)
+        keep(plan.calls, signature, call)
+    return _both(call.run(q, k.data_ptr(), v.data_ptr(), page_table, out, lse))
 
 
 def single(
@@ -224,7 +197,9 @@ def _launch_uniform(
     params = attention_type(kv_heads=kv.heads, group=problem.group, page_size=1, uniform=uniform)
     params.head_dim, params.head_dim_vo = problem.head_dim, problem.head_dim_vo
     params.causal, params.window_left = problem.causal, problem.window_left
-    _fill(params, q, kv, out, lse, lse_scale)
+    params.q, params.k, params.v = q.data_ptr(), kv.k, kv.v
+    fill_strides(params, q, kv)
+    _fill_output(params, out, lse, lse_scale)
     workers = min(work.num_items, kernels.workers)
     if work.pieces <= 1:
         options.fill(params, None, problem)
@@ -273,17 +248,6 @@ def _outputs(
 
 def _both(output: Output) -> Tuple[torch.Tensor, torch.Tensor]:
     return cast(Tuple[torch.Tensor, torch.Tensor], output)
-
-
-def _fill(
-    params: Any, q: torch.Tensor, kv: KeyValue, out: torch.Tensor, lse: Optional[torch.Tensor], lse_scale: float
-) -> None:
-    params.q = q.data_ptr()
-    params.q_stride_token, params.q_stride_head, _ = q.stride()
-    params.k, params.v = kv.k, kv.v
-    params.k_stride_page, params.k_stride_token, params.k_stride_head = kv.k_strides
-    params.v_stride_page, params.v_stride_token, params.v_stride_head = kv.v_strides
-    _fill_output(params, out, lse, lse_scale)
 
 
 def _fill_output(params: Any, out: torch.Tensor, lse: Optional[torch.Tensor], lse_scale: float) -> None:

@@ -135,7 +135,8 @@ def copied(params: ctypes.Structure) -> Any:
 
 def stream_of(device: torch.device) -> int:
     """Return the raw handle of torch's current stream; 0 on CPUs."""
-    return 0 if device.type == "cpu" else int(torch.cuda.current_stream(device).cuda_stream)
+    # torch.cuda.current_stream makes an object of it, which takes longer than a launch.
+    return 0 if device.type == "cpu" else int(torch._C._cuda_getCurrentRawStream(device.index))
 
 
 class Partial(NamedTuple):

@@ -129,15 +129,18 @@ def check_sm_scale(sm_scale: Optional[float]) -> None:
     """Raise unless None or a positive number that float32 holds: the softmax takes the largest score before scaling."""
     if sm_scale is None:
         return
-    try:
-        fits = bool(_LEAST_SCALE <= sm_scale <= _MOST_SCALE)  # NaN is neither
-    except (TypeError, ValueError, RuntimeError):
-        raise InvalidTypeError(f"sm_scale must be a number or None, got {type(sm_scale).__name__}") from None
-    if not fits:
+    _check_number("sm_scale", sm_scale)
+    if not _LEAST_SCALE <= sm_scale <= _MOST_SCALE:  # nor is NaN within
         raise InvalidArgumentError(
             f"sm_scale must be finite and greater than 0, got {sm_scale}",
             remedy="negate q for a negative scale; None means 1/sqrt(head_dim)",
         )
+
+
+def _check_number(name: str, value: object) -> None:
+    """Raise for text and for tensors, whose value is theirs to change."""
+    if isinstance(value, torch.Tensor) or not hasattr(value, "__float__"):
+        raise InvalidTypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def _check_scales(options: Options, problem: Problem) -> None:
@@ -172,10 +175,12 @@ def _check_scale_tensor(name: str, scale: torch.Tensor, problem: Problem) -> Non
 
 
 def _check_floats(options: Options) -> None:
+    _check_number("logits_soft_cap", options.logits_soft_cap)
     if not 0.0 <= options.logits_soft_cap <= _MOST_SCALE:
         raise InvalidArgumentError(f"logits_soft_cap must be finite and not negative, got {options.logits_soft_cap}")
     for name in ("rope_scale", "rope_theta"):
         value = getattr(options, name)
+        _check_number(name, value)
         if not _LEAST_SCALE <= value <= _MOST_SCALE:
             raise InvalidArgumentError(f"{name} must be finite and greater than 0, got {value}")
 

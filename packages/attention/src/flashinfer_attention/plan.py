@@ -5,9 +5,9 @@ Planning happens on the host. Lengths in host memory cost no synchronisation; le
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 
@@ -20,14 +20,13 @@ from flashinfer_attention.launch import (
     fixed_piece,
     load_kernels,
     place_partial,
-    stream_of,
     structures,
 )
 from flashinfer_attention.lengths import Lengths, host_lengths
 from flashinfer_attention.workspace import Frozen, Workspace
 from flashinfer_core import planner
 from flashinfer_core.errors import InvalidArgumentError
-from flashinfer_core.kernel import Kernel
+from flashinfer_core.kernel import Step
 from flashinfer_core.page_table import check_pages, is_checked
 from flashinfer_core.tensors import KeyValue, check_tensor
 
@@ -56,6 +55,7 @@ class Plan:
     work: torch.Tensor  # the work list, to which the params point
     generation: int  # of `work`
     partial: Partial
+    calls: Dict[Any, Any] = field(default_factory=dict)  # accepted ones of the native operator, see call.py
 
     @property
     def tokens(self) -> int:
@@ -79,48 +79,35 @@ class Plan:
             raise InvalidArgumentError(
                 f"page_table must have at least {self.lengths.entries} entries, got {page_table.shape[0]}"
             )
-        if self.checks_pages and not is_capturing(self.problem.device):
-            lengths = self.lengths
-            check_pages(
-                page_table,
-                lengths.q_indptr,
-                lengths.kv_indptr,
-                lengths.kv_len,
-                page_size=self.page_size,
-                pages=kv.pages,
-                window_left=self.problem.window_left,
-            )
+        self.check_pages(kv.pages, page_table)
+
+    def check_pages(self, pages: int, page_table: torch.Tensor) -> None:
+        """Raise where the table names a page that a cache of so many has not, if tables are checked."""
+        if self.page_size is None or not self.checks_pages or is_capturing(self.problem.device):
+            return
+        lengths = self.lengths
+        check_pages(
+            page_table,
+            lengths.q_indptr,
+            lengths.kv_indptr,
+            lengths.kv_len,
+            page_size=self.page_size,
+            pages=pages,
+            window_left=self.problem.window_left,
+        )
 
     def check_current(self, rows: int, page_table: Optional[torch.Tensor]) -> None:
-        """Raise where q is too short or a newer plan replaced this one; while a graph captures, note what it holds."""
-        if rows < self.tokens:
-            raise InvalidArgumentError(f"q must have at least the {self.tokens} planned rows, got {rows}")
+        """Raise where a newer plan replaced this one; while a CUDA graph captures, note what it holds."""
         self.workspace.check_generation(self.work, self.generation)
         if is_capturing(self.problem.device):
             self.workspace.note_capture(rows, (self.work, page_table))
 
-    def launch(self, attention: Any, merge: Any, general: bool) -> None:
-        """Launch both kernels with copies of the params that are filled in."""
-        kernel = self.kernels.attention_for(general)
-        workspace = self.workspace
-        stream = stream_of(self.problem.device)
-        if not self.merge_workers or not self.problem.is_cpu:
-            self._launch(kernel, attention, merge, stream)
-        elif workspace.partial_lock.acquire(blocking=False):
-            try:
-                self._launch(kernel, attention, merge, stream)
-            finally:
-                workspace.partial_lock.release()
-        else:
-            own = allocate_partial(self.partial.rows, self.problem.head_dim_vo, self.problem.device)
-            attention.partial_o = merge.partial_o = own.place.o
-            attention.partial_lse = merge.partial_lse = own.place.lse
-            self._launch(kernel, attention, merge, stream)
-
-    def _launch(self, kernel: Kernel, attention: Any, merge: Any, stream: int) -> None:
-        kernel.launch(attention, workers=self.kernels.workers, stream=stream)
+    def steps(self, attention: Any, merge: Any, general: bool) -> List[Step]:
+        """Return the launches of a call with these params."""
+        steps = [Step(self.kernels.attention_for(general), attention, self.kernels.workers)]
         if self.merge_workers:
-            self.kernels.merge.launch(merge, workers=self.merge_workers, stream=stream)
+            steps.append(Step(self.kernels.merge, merge, self.merge_workers))
+        return steps
 
 
 def plan_attention(

@@ -10,6 +10,7 @@ from typing import Any, List, Optional, Tuple, cast
 
 import torch
 
+from flashinfer_attention.call import signature_of
 from flashinfer_attention.checks import make_problem
 from flashinfer_attention.compat import DataType, Scalars, check_backend, data_types, options_of, refuse_variants
 from flashinfer_attention.lengths import host_lengths
@@ -123,9 +124,22 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         [rows of q, num_qo_heads], base 2.
         Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError.
         """
+        signature = found = None
+        try:
+            signature = (
+                (q.shape, q.stride(), q.dtype, q.device, signature_of(k), signature_of(v), return_lse, args),
+                None if out is None else signature_of(out),
+                None if lse is None else signature_of(lse),
+            )
+            found = self._calls.get(signature)
+        except (AttributeError, TypeError):  # what is no tensor; named below
+            pass
+        if found is not None:
+            both = found[0].run(q, k.data_ptr(), v.data_ptr(), None, out, lse)
+            return cast(Output, both if return_lse else both[0])
         refuse_variants("*args", args)
         kv = key_value(k, v, paged=False, kv_layout=self._kv_layout)
-        return self._run(q, kv, None, self._options, out, lse, return_lse)
+        return self._run(q, kv, None, self._options, signature, out, lse, return_lse)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
 

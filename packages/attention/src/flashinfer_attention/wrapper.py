@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Optional, Tuple, Union, cast
+from typing import Any, Dict, Optional, Tuple, Union, cast
 
 import torch
 
-from flashinfer_attention.attention import run
+from flashinfer_attention.call import Call, Signature, accept, baked_signature_of, keep, signature_of
 from flashinfer_attention.checks import Problem, check_problem, refuse_capture
 from flashinfer_attention.compat import LOG2_E, DataType, Scalars, options_of, refuse_variants
 from flashinfer_attention.lengths import Lengths, Queries, paged_lengths
@@ -32,6 +32,8 @@ __all__ = ["DataType", "Output", "PagedWrapper", "Wrapper", "graph_buffer"]
 Output = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]
 Scales = Tuple[Optional[Scale], Optional[Scale], Optional[Scale]]  # of q, k and v
 
+_NO_SCALES = (None, None, None)
+
 
 class Wrapper:
     """Plan once, run often. Subclasses translate arguments.
@@ -51,6 +53,7 @@ class Wrapper:
         self._causal = False
         self._window_left = -1
         self._last_forward: Optional[Tuple[Any, ...]] = None
+        self._calls: Dict[Signature, Tuple[Call, int]] = {}  # and how far behind keys values lie
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -95,6 +98,7 @@ class Wrapper:
         """
         self._workspace = Workspace(float_workspace_buffer, int_workspace_buffer, fixed=self._use_cuda_graph)
         self._plan = None
+        self._calls = {}
 
     def end_forward(self) -> None:
         """Do nothing; older versions freed the plan here."""
@@ -139,6 +143,7 @@ class Wrapper:
         self._causal = plan.problem.causal
         self._window_left = plan.problem.window_left
         self._last_forward = None
+        self._calls = {}
 
     def _forward(
         self,
@@ -175,12 +180,27 @@ class Wrapper:
         kv: KeyValue,
         page_table: Optional[torch.Tensor],
         options: Options,
+        signature: Optional[Signature],
         out: Optional[torch.Tensor],
         lse: Optional[torch.Tensor],
         return_lse: bool,
     ) -> Output:
-        plan = self._planned()
-        both = run(plan, q, kv, page_table, options, lse_scale=LOG2_E, out=out, lse=lse, wants_lse=return_lse)
+        """Check a call, keep it, and run it."""
+        own_table = not self._use_cuda_graph
+        call = accept(
+            self._planned(),
+            q,
+            kv,
+            page_table,
+            options,
+            lse_scale=LOG2_E,
+            out=out,
+            lse=lse,
+            wants_lse=bool(return_lse),
+            table_may_change=not own_table,
+        )
+        keep(self._calls, signature, (call, kv.v - kv.k))
+        both = call.run(q, kv.k, kv.v, page_table, out, lse)
         return cast(Output, both if return_lse else both[0])
 
 
@@ -273,12 +293,36 @@ class PagedWrapper(Wrapper):
         lse: Optional[torch.Tensor],
         return_lse: bool,
     ) -> Output:
+        signature = found = None
+        keys: Any = cache
+        values: Any = None
+        try:
+            if cache.__class__ is tuple:
+                keys, values = cache
+                caches = signature_of(keys) + signature_of(values)
+            else:
+                caches = signature_of(keys)
+            signature = (
+                (q.shape, q.stride(), q.dtype, q.device, caches, return_lse, arguments),
+                None if out is None else signature_of(out),
+                None if lse is None else signature_of(lse),
+                None if scales == _NO_SCALES else tuple(map(baked_signature_of, scales)),
+            )
+            found = self._calls.get(signature)
+        except (AttributeError, TypeError, ValueError):  # what is no tensor or no pair; named below
+            pass
+        if found is not None:
+            call, value_offset = found
+            k = keys.data_ptr()
+            v = k + value_offset if values is None else values.data_ptr()
+            both = call.run(q, k, v, self._page_table, out, lse)
+            return cast(Output, both if return_lse else both[0])
         refuse_variants("*args", arguments)
         options = self._options
-        if scales != (None, None, None):
+        if scales != _NO_SCALES:
             options = replace(options, q_scale=scales[0], k_scale=scales[1], v_scale=scales[2])
         kv = paged_key_value(cache, self._kv_layout, alike=False)
-        return self._run(q, kv, self._page_table, options, out, lse, return_lse)
+        return self._run(q, kv, self._page_table, options, signature, out, lse, return_lse)
 
 
 def with_mask(options: Options, mask: Optional[Mask]) -> Options:
