@@ -18,7 +18,7 @@ namespace flashinfer::host {
 namespace {
 
 constexpr size_t kStackBytes = size_t(4) << 20;  // kernels keep their tiles there, whatever `ulimit -s` says
-constexpr size_t kLeastStackBytes = size_t(1) << 20;
+constexpr size_t kLeastStackBytes = size_t(2) << 20;
 constexpr int32_t kMaxThreads = 1024;
 constexpr int32_t kWakesPerThread = 2;  // each woken thread wakes two more: a tree, not a queue at the caller
 constexpr auto kTail = std::chrono::microseconds(100);  // helpers start later than the caller by less

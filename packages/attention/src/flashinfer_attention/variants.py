@@ -133,9 +133,10 @@ def _row_bytes(columns: int, element_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class AttentionCpu:
-    """One instance of `attention::attention` on a CPU. `dtype` is the element type in C++: f32, f16, bf16."""
+    """One instance of `attention::attention` on a CPU. Element types are spelled as in C++; kv_dtype: of the cache."""
 
     dtype: str
+    kv_dtype: str
     tile_rows: int
 
     package = PACKAGE
@@ -145,11 +146,13 @@ class AttentionCpu:
 
     @property
     def name(self) -> str:
-        return f"attention-{self.dtype}-q{self.tile_rows}"
+        types = self.dtype if self.dtype == self.kv_dtype else f"{self.dtype}-{self.kv_dtype}"
+        return f"attention-{types}-q{self.tile_rows}"
 
     @property
     def expression(self) -> str:
-        return f"flashinfer::attention::attention<flashinfer::{self.dtype}, {self.tile_rows}>"
+        types = f"flashinfer::{self.dtype}, flashinfer::{self.kv_dtype}"
+        return f"flashinfer::attention::attention<{types}, {self.tile_rows}>"
 
     @property
     def kv_tile(self) -> int:
@@ -240,7 +243,8 @@ def choose(
     """
     if target not in SHARED_LIMITS:
         decode_rows, prefill_rows = _cpu_tile_rows(target, dtype)
-        return AttentionCpu(dtype, decode_rows if max_rows <= CPU_MAX_DECODE_ROWS else prefill_rows)
+        rows = decode_rows if max_rows <= CPU_MAX_DECODE_ROWS else prefill_rows
+        return AttentionCpu(dtype, dtype if kv_dtype is None else kv_dtype, rows)
     wanted = (head_dim, head_dim if head_dim_vo is None else head_dim_vo)
     dims = next(dims for dims in _CUDA_DIMS if wanted[0] <= dims[0] and wanted[1] <= dims[1])
     plain = dims == wanted and dims[0] == dims[1] and dims[0] in _PLAIN_DIMS and not general
@@ -275,7 +279,12 @@ def _shipped_states(target: str) -> Tuple[States, ...]:
 def shipped(target: str) -> Tuple[AnyVariant, ...]:
     """List the variants that a wheel holds for `target`."""
     if target not in SHARED_LIMITS:
-        cpu = tuple(AttentionCpu(dtype, rows) for dtype in CPU_DTYPES for rows in _cpu_tile_rows(target, dtype))
+        cpu = tuple(
+            AttentionCpu(dtype, kv_dtype, rows)
+            for dtype in CPU_DTYPES
+            for kv_dtype in (dtype,)
+            for rows in _cpu_tile_rows(target, dtype)
+        )
         return (*cpu, *(choose_merge(target, dtype=dtype) for dtype in CPU_DTYPES), *_shipped_states(target))
     dtypes = ("f16",) if target.endswith("_75") else ("f16", "bf16")
     attention = tuple(

@@ -4,35 +4,44 @@
 // right-hand side of O^T = V^T P^T once two keys' probabilities are put side by side. What has to be transposed is V.
 #pragma once
 
-#include "attention/cpu_rows.h"
+#include "attention/cpu_rope.h"
+#include "attention/cpu_scores.h"
 #include "core/amx.h"
 #include "core/avx512.h"
 
 namespace flashinfer {
 namespace attention {
 
+template <class TKv>
 class AmxTile {
  public:
   using Floats = simd::Floats;
   static constexpr int32_t kRows = 192;
   static constexpr int32_t kKeys = 192;
 
-  void run(const AttentionParams& p, const WorkItem& item) {
-    start(p, item);
-    locate(p, item, item.kv_begin);
+  explicit AmxTile(const AttentionParams& p)
+      : p_(p),
+        rotation_(p),
+        padded_dim_(round_up(p.head_dim, kDepth)),
+        padded_dim_vo_(round_up(p.head_dim_vo, kDepth)) {}
+
+  void run(const WorkItem& item) {
+    start(item);
+    locate(item, item.kv_begin);
     for (begin_ = item.kv_begin; begin_ < item.kv_end; begin_ += kKeys) {
       keys_ = next_;
-      locate(p, item, begin_ + kKeys);
+      locate(item, begin_ + kKeys);
       pack_keys();
       pack_values();
       for (int32_t row = 0; row < rows_; row += kPanel) {
-        const int32_t keys = visible(row + kPanel - 1);
-        multiply_keys(row, keys);
-        softmax(row, keys);
-        add_values(row, keys);
+        const int32_t begin = first(row) / kDepth * kDepth;
+        const int32_t end = last(row + kPanel - 1);
+        multiply_keys(row, begin, end);
+        softmax(row, begin, end);
+        add_values(row, begin, end);
       }
     }
-    finish(p, item);
+    finish(item);
   }
 
  private:
@@ -45,58 +54,72 @@ class AmxTile {
   static constexpr float kLeastScale = 1e-30f;
   static_assert(kRows % kPanel == 0 && kKeys % kDepth == 0, "panels and products fill the tile");
 
+  const AttentionParams& p_;
+  amx::Tiles tiles_;
+  Rotation rotation_;
+  const int32_t padded_dim_, padded_dim_vo_;
   alignas(64) bf16 q_[kRows * kMaxHeadDim];   // [row / 16, head_dim / 32, 16 pairs, 16 rows, 2]
   alignas(64) bf16 k_[kKeys * kMaxHeadDim];   // [key / 16, head_dim / 32, 16 keys, 32]
-  alignas(64) bf16 v_[kMaxHeadDim * kKeys];   // [head_dim / 16, key / 32, 16, 32 keys]
+  alignas(64) bf16 v_[kMaxHeadDim * kKeys];   // [head_dim_vo / 16, key / 32, 16, 32 keys]
   alignas(64) float s_[kKeys * kPanel];       // [key, row] of a panel
-  alignas(64) bf16 p_[kKeys * kPanel];        // [key / 2, row, 2] of a panel
-  alignas(64) float o_[kRows * kMaxHeadDim];  // [row / 16, head_dim, 16 rows]
+  alignas(64) bf16 p_pairs_[kKeys * kPanel];  // [key / 2, row, 2] of a panel
+  alignas(64) float o_[kRows * kMaxHeadDim];  // [row / 16, head_dim_vo, 16 rows]
   alignas(64) float maximum_[kRows];
   alignas(64) float sum_[kRows];
-  alignas(64) int32_t seen_[kRows];  // keys that a row sees; increases with the row
-  amx::Tiles tiles_;
+  RowLanes lanes_[kRows / kBlock];
+  RowKeys<kRows> seen_;
   KeyRows<kKeys> keys_, next_;  // of this tile, and of the one that is being fetched
-  const bf16* k_from_;
-  const bf16* v_from_;
+  const TKv* k_from_;
+  const TKv* v_from_;
   uint32_t sign_;  // of the scores' factor, for two elements of q
   float scale_;
   int32_t fetched_;     // keys of next_
   int32_t fetch_step_;  // keys that are fetched beside the probabilities of 32 keys and 16 rows
   int32_t begin_;       // first key of the tile
   int32_t rows_;
-  int32_t head_dim_;
-  int32_t padded_dim_;
 
-  // Rows and dimensions that only fill up blocks: rows repeat the last one, dimensions are zero.
-  void start(const AttentionParams& p, const WorkItem& item) {
-    rows_ = smaller(kRows, item.q_len * p.group - item.row_begin);
-    head_dim_ = p.head_dim;
-    padded_dim_ = round_up(head_dim_, kDepth);
-    // Hidden scores are -inf before they are scaled, so the factor has to be positive: q takes its sign.
-    const float scale = std::fabs(p.sm_scale * kLog2E);
-    scale_ = scale < kLeastScale ? kLeastScale : scale;
-    sign_ = std::signbit(p.sm_scale) ? 0x80008000u : 0;
+  // Rows that only fill up blocks repeat the last one; dimensions are zero.
+  void start(const WorkItem& item) {
+    rows_ = smaller(kRows, item.q_len * p_.group - item.row_begin);
+    set_scale(score_scale(p_, item.kv_head));
     fetch_step_ = ceil_div(kBlock * kDepth, rows_);
-    k_from_ = static_cast<const bf16*>(p.k) + item.kv_head * p.k_stride_head;
-    v_from_ = static_cast<const bf16*>(p.v) + item.kv_head * p.v_stride_head;
-    const bf16* from[kRows];
-    for (int32_t i = 0; i < round_up(rows_, kPanel); ++i) {
-      const QueryRow at(item, smaller(item.row_begin + i, item.row_begin + rows_ - 1), p.group);
-      from[i] = static_cast<const bf16*>(p.q) + at.token * p.q_stride_token + at.head * p.q_stride_head;
-      seen_[i] = keys_seen(p, item, at.query);
-      maximum_[i] = -kInfinity;
-      sum_[i] = 0;
-    }
+    k_from_ = static_cast<const TKv*>(p_.k) + item.kv_head * p_.k_stride_head;
+    v_from_ = static_cast<const TKv*>(p_.v) + item.kv_head * p_.v_stride_head;
     for (int32_t row = 0; row < round_up(rows_, kPanel); row += kBlock) {
-      pack_queries(from + row, q_ + row * padded_dim_);
-      for (int32_t i = 0; i < padded_dim_ * kBlock; i += simd::kLanes)
-        simd::store(o_ + row * padded_dim_ + i, Floats{});
+      load_queries(item, row);
+      float* o = o_ + row * padded_dim_vo_;
+      for (int32_t i = 0; i < padded_dim_vo_ * kBlock; i += simd::kLanes) simd::store(o + i, Floats{});
     }
+  }
+
+  // Hidden scores are -inf before they are scaled, so the factor has to be positive: q takes its sign.
+  void set_scale(float scale) {
+    sign_ = std::signbit(scale) ? 0x80008000u : 0;
+    scale_ = std::fabs(scale) < kLeastScale ? kLeastScale : std::fabs(scale);
+  }
+
+  void load_queries(const WorkItem& item, int32_t row) {
+    alignas(64) bf16 turned[kBlock][kMaxHeadDim];
+    const bf16* from[kBlock];
+    for (int32_t i = 0; i < kBlock; ++i) {
+      const QueryRow at(item, item.row_begin + smaller(row + i, rows_ - 1), p_.group);
+      from[i] = static_cast<const bf16*>(p_.q) + at.token * p_.q_stride_token + at.head * p_.q_stride_head;
+      if (rotation_.active()) {
+        rotation_.seek(item.kv_len - item.q_len + at.query);
+        turn(from[i], turned[i]);
+        from[i] = turned[i];
+      }
+      lanes_[row / kBlock].set(i, p_, item, at);
+      seen_.set(row + i, p_, item, at.query);
+      maximum_[row + i] = -kInfinity;
+      sum_[row + i] = 0;
+    }
+    pack_queries(from, q_ + row * padded_dim_);
   }
 
   // 16 rows as a right-hand side: pairs of elements of all rows side by side.
   void pack_queries(const bf16* const* rows, bf16* to) const {
-    for (int32_t d = 0; d < head_dim_; d += 8) {
+    for (int32_t d = 0; d < p_.head_dim; d += 8) {
       simd::Bytes x[4];
       for (int32_t i = 0; i < 4; ++i)
         x[i] = simd::join(rows[i] + d, rows[4 + i] + d, rows[8 + i] + d, rows[12 + i] + d);
@@ -104,66 +127,93 @@ class AmxTile {
       for (int32_t i = 0; i < 4; ++i)
         simd::store_bytes(to + d * kBlock + i * kDepth, (simd::Bytes)((simd::Words)x[i] ^ sign_));
     }
-    for (int32_t d = head_dim_; d < padded_dim_; d += 2) simd::store_bytes(to + d * kBlock, simd::Bytes{});
+    for (int32_t d = p_.head_dim; d < padded_dim_; d += 2) simd::store_bytes(to + d * kBlock, simd::Bytes{});
   }
 
-  void locate(const AttentionParams& p, const WorkItem& item, int32_t begin) {
-    next_.locate(p, item.kv_start, begin, begin < item.kv_end ? smaller(begin + kKeys, item.kv_end) : begin);
+  // A row rotated, where that is asked for, and rounded; up to a whole product it is zero.
+  template <class TFrom>
+  void turn(const TFrom* from, bf16* to) const {
+    alignas(64) float row[kMaxHeadDim];
+    simd::widen_row(row, from, p_.head_dim);
+    for (int32_t d = p_.head_dim; d < padded_dim_; ++d) row[d] = 0;
+    if (rotation_.active()) rotation_.turn(row);
+    simd::round_row(to, row, padded_dim_);
+  }
+
+  void locate(const WorkItem& item, int32_t begin) {
+    next_.locate(p_, item.kv_start, begin, begin < item.kv_end ? smaller(begin + kKeys, item.kv_end) : begin);
     fetched_ = 0;
   }
 
   // Rows of one head lie too far apart for the hardware to foresee, and crowd into few sets of the caches.
   void fetch() {
+    constexpr int32_t kLine = 64 / sizeof(TKv);
     const int32_t end = smaller(fetched_ + fetch_step_, next_.count);
     for (; fetched_ < end; ++fetched_) {
-      for (int32_t d = 0; d < head_dim_; d += kDepth) {
-        __builtin_prefetch(k_from_ + next_.k[fetched_] + d, 0, 2);
-        __builtin_prefetch(v_from_ + next_.v[fetched_] + d, 0, 2);
-      }
+      for (int32_t d = 0; d < p_.head_dim; d += kLine) __builtin_prefetch(k_from_ + next_.k[fetched_] + d, 0, 2);
+      for (int32_t d = 0; d < p_.head_dim_vo; d += kLine) __builtin_prefetch(v_from_ + next_.v[fetched_] + d, 0, 2);
     }
   }
 
   void pack_keys() {
+    constexpr bool kCopies = std::is_same<TKv, bf16>::value;
+    const bool copies = kCopies && !rotation_.active() && p_.head_dim == padded_dim_;
+    alignas(64) bf16 turned[kMaxHeadDim];
+    if (rotation_.active()) rotation_.seek(begin_);
     for (int32_t key = 0; key < keys_.count; ++key) {
-      const bf16* row = k_from_ + keys_.k[key];
+      const void* row = k_from_ + keys_.k[key];
+      if (!copies) {
+        turn(k_from_ + keys_.k[key], turned);
+        if (rotation_.active()) rotation_.advance();
+        row = turned;
+      }
       bf16* to = k_ + key / kBlock * kBlock * padded_dim_ + key % kBlock * kDepth;
-      int32_t d = 0;
-      for (; d + kDepth <= head_dim_; d += kDepth) __builtin_memcpy(to + d * kBlock, row + d, kDepth * sizeof(bf16));
-      if (d == padded_dim_) continue;
-      to += d * kBlock;
-      for (int32_t i = 0; i < kDepth; i += 8) {
-        if (d + i < head_dim_)
-          __builtin_memcpy(to + i, row + d + i, 8 * sizeof(bf16));
-        else
-          __builtin_memset(to + i, 0, 8 * sizeof(bf16));
+      for (int32_t d = 0; d < padded_dim_; d += kDepth) {
+        __builtin_memcpy(to + d * kBlock, static_cast<const bf16*>(row) + d, kDepth * sizeof(bf16));
       }
     }
   }
 
-  // Keys beyond the last one are zero up to a whole product.
+  // Keys that no row of the tile may see are zero, up to a whole product.
   void pack_values() {
     alignas(64) static constexpr bf16 kZeros[kMaxHeadDim] = {};
-    for (int32_t key = 0; key < keys_.count; key += kDepth) {
+    alignas(64) bf16 rounded[kDepth][kMaxHeadDim];
+    const int32_t begin = first(0);
+    for (int32_t key = begin / kDepth * kDepth; key < keys_.count; key += kDepth) {
       const bf16* rows[kDepth];
-      for (int32_t i = 0; i < kDepth; ++i) rows[i] = key + i < keys_.count ? v_from_ + keys_.v[key + i] : kZeros;
-      for (int32_t d = 0; d < head_dim_; d += 8) {
+      for (int32_t i = 0; i < kDepth; ++i) {
+        const bool seen = key + i >= begin && key + i < keys_.count;
+        rows[i] = seen ? value_row(v_from_ + keys_.v[key + i], rounded[i]) : kZeros;
+      }
+      for (int32_t d = 0; d < p_.head_dim_vo; d += 8) {
         simd::Bytes x[8];
         for (int32_t i = 0; i < 8; ++i)
           x[i] = simd::join(rows[i] + d, rows[8 + i] + d, rows[16 + i] + d, rows[24 + i] + d);
         simd::transpose_parts<uint16_t>(x);
-        for (int32_t i = 0; i < 8; ++i)
-          simd::store_bytes(v_ + (d / kBlock * kKeys + key) * kBlock + (d % kBlock + i) * kDepth, x[i]);
+        bf16* to = v_ + (d / kBlock * kKeys + key) * kBlock + d % kBlock * kDepth;
+        for (int32_t i = 0; i < 8; ++i) simd::store_bytes(to + i * kDepth, x[i]);
       }
     }
   }
 
-  // Keys of this tile that a row sees.
-  int32_t visible(int32_t row) const { return clamp(seen_[row] - begin_, 0, keys_.count); }
+  const bf16* value_row(const bf16* from, bf16*) const { return from; }
+
+  template <class TFrom>
+  const bf16* value_row(const TFrom* from, bf16* to) const {
+    alignas(64) float row[kMaxHeadDim];
+    simd::widen_row(row, from, p_.head_dim_vo);
+    simd::round_row(to, row, padded_dim_vo_);
+    return to;
+  }
+
+  // Keys of this tile before the first and after the last one that a row may see.
+  int32_t first(int32_t row) const { return clamp(seen_.begin[row] - begin_, 0, keys_.count); }
+  int32_t last(int32_t row) const { return clamp(seen_.end[row] - begin_, 0, keys_.count); }
 
   // S^T = K Q^T, 32 keys x 32 rows at a time. Keys that fill up a block give scores that nobody reads.
-  void multiply_keys(int32_t row, int32_t keys) {
+  void multiply_keys(int32_t row, int32_t begin, int32_t end) {
     const int32_t dim = padded_dim_;
-    for (int32_t key = 0; key < keys; key += 2 * kBlock) {
+    for (int32_t key = begin; key < end; key += 2 * kBlock) {
       const bf16* k = k_ + key * dim;
       const bf16* q = q_ + row * dim;
       amx::zero<0>();
@@ -193,49 +243,42 @@ class AmxTile {
   }
 
   // Turn the scores of a panel into probabilities relative to a new maximum: P = exp2(S - m').
-  void softmax(int32_t row, int32_t keys) {
+  void softmax(int32_t row, int32_t begin, int32_t end) {
+    const bool changes = changes_scores(p_);
+    const float scale = changes ? 1 : scale_;
     for (int32_t block = 0; block < kPanel; block += kBlock) {
+      const RowLanes& lanes = lanes_[(row + block) / kBlock];
+      const ScoreVectors scores = {s_ + begin * kPanel + block, kPanel, larger(end - begin, 0), begin_ + begin, 1};
+      if (changes) {
+        for (int32_t i = 0; i < scores.count; ++i) {
+          simd::store(scores.s + i * kPanel, simd::load(scores.s + i * kPanel) * scale_);
+        }
+        lanes.change(p_, scores);
+      }
+      lanes.hide(scores);
       const Floats before = simd::load(maximum_ + row + block);
-      const Floats highest = mask_scores(row + block, s_ + block, keys) * scale_;
-      const Floats m = highest > before + kSlack ? highest : before;
+      const Floats m_new = highest(scores) * scale;
+      const Floats m = m_new > before + kSlack ? m_new : before;
       const Floats base = m == -kInfinity ? Floats{} : m;  // a row that has seen nothing: exp2(-inf - 0) = 0
       const Floats rescale = simd::exp2(before - base);
-      const Floats sum = exponentiate(s_ + block, p_ + 2 * block, base, keys);
+      const Floats sum = exponentiate(scores, p_pairs_ + begin * kPanel + 2 * block, base, scale);
       simd::store(maximum_ + row + block, m);
       simd::store(sum_ + row + block, simd::fma(simd::load(sum_ + row + block), rescale, sum));
       rescale_output(row + block, rescale);
     }
   }
 
-  // Mask the scores of 16 rows and return their maximum, both not yet scaled.
-  Floats mask_scores(int32_t row, float* s, int32_t keys) {
-    Floats m[4];
-    for (Floats& x : m) x = simd::splat(-kInfinity);
-    int32_t key = 0;
-    for (const int32_t all = visible(row) / 4 * 4; key < all; key += 4) {
-      for (int32_t i = 0; i < 4; ++i) m[i] = simd::maximum(m[i], simd::load(s + (key + i) * kPanel));
-    }
-    simd::Ints seen;
-    __builtin_memcpy(&seen, seen_ + row, sizeof(seen));
-    for (; key < keys; ++key) {
-      const Floats x = begin_ + key < seen ? simd::load(s + key * kPanel) : simd::splat(-kInfinity);
-      simd::store(s + key * kPanel, x);
-      m[0] = simd::maximum(m[0], x);
-    }
-    return simd::maximum(simd::maximum(m[0], m[1]), simd::maximum(m[2], m[3]));
-  }
-
   // Write P, with zeros up to a whole product, and return its sum over the keys.
-  Floats exponentiate(float* s, bf16* p, Floats base, int32_t keys) {
+  Floats exponentiate(const ScoreVectors& scores, bf16* to, Floats base, float scale) {
     Floats sum[2] = {};
-    const Floats scale = simd::splat(scale_);
-    const int32_t padded = round_up(keys, kDepth);
-    for (int32_t key = keys; key < padded; ++key) simd::store(s + key * kPanel, simd::splat(-kInfinity));
-    for (int32_t key = 0; key < padded; key += 2) {
-      if (key % kDepth == 0) fetch();
-      const Floats even = simd::exp2(simd::fma(simd::load(s + key * kPanel), scale, -base));
-      const Floats odd = simd::exp2(simd::fma(simd::load(s + (key + 1) * kPanel), scale, -base));
-      simd::store_bytes(p + key * kPanel, simd::pair_bf16(even, odd));
+    const Floats factor = simd::splat(scale);
+    const int32_t padded = round_up(scores.count, kDepth);
+    for (int32_t i = scores.count; i < padded; ++i) simd::store(scores.s + i * kPanel, simd::splat(-kInfinity));
+    for (int32_t i = 0; i < padded; i += 2) {
+      if (i % kDepth == 0) fetch();
+      const Floats even = simd::exp2(simd::fma(simd::load(scores.s + i * kPanel), factor, -base));
+      const Floats odd = simd::exp2(simd::fma(simd::load(scores.s + (i + 1) * kPanel), factor, -base));
+      simd::store_bytes(to + i * kPanel, simd::pair_bf16(even, odd));
       sum[0] += even;
       sum[1] += odd;
     }
@@ -244,13 +287,13 @@ class AmxTile {
 
   void rescale_output(int32_t row, Floats rescale) {
     if (simd::all_equal(rescale, 1)) return;
-    float* o = o_ + row * padded_dim_;
-    for (int32_t i = 0; i < padded_dim_ * kBlock; i += kBlock) simd::store(o + i, simd::load(o + i) * rescale);
+    float* o = o_ + row * padded_dim_vo_;
+    for (int32_t i = 0; i < padded_dim_vo_ * kBlock; i += kBlock) simd::store(o + i, simd::load(o + i) * rescale);
   }
 
   // O^T += V^T P^T, 32 dimensions x 32 rows at a time.
-  void add_values(int32_t row, int32_t keys) {
-    const int32_t dim = padded_dim_;
+  void add_values(int32_t row, int32_t begin, int32_t end) {
+    const int32_t dim = padded_dim_vo_;
     for (int32_t d = 0; d < dim; d += 2 * kBlock) {
       float* o = o_ + row * dim + d * kBlock;
       float* right = o + kBlock * dim;
@@ -258,9 +301,9 @@ class AmxTile {
       amx::load<1>(right, amx::kRowBytes);
       amx::load<2>(o + kBlockFloats, amx::kRowBytes);
       amx::load<3>(right + kBlockFloats, amx::kRowBytes);
-      for (int32_t key = 0; key < keys; key += kDepth) {
+      for (int32_t key = begin; key < end; key += kDepth) {
         const bf16* v = v_ + d * kKeys + key * kBlock;
-        const bf16* p = p_ + key * kPanel;
+        const bf16* p = p_pairs_ + key * kPanel;
         amx::load<4>(v, amx::kRowBytes);
         amx::load<5>(v + kBlock * kKeys, amx::kRowBytes);
         amx::load<6>(p, 2 * kPanel * sizeof(bf16));
@@ -274,20 +317,20 @@ class AmxTile {
     }
   }
 
-  void finish(const AttentionParams& p, const WorkItem& item) {
+  void finish(const WorkItem& item) {
     alignas(64) float rows[kBlock][kMaxHeadDim];
     for (int32_t row = 0; row < rows_; row += kBlock) {
-      unpack_output(o_ + row * padded_dim_, rows);
+      unpack_output(o_ + row * padded_dim_vo_, rows);
       for (int32_t i = 0; i < smaller(kBlock, rows_ - row); ++i) {
-        const QueryRow at(item, item.row_begin + row + i, p.group);
-        write_row<bf16>(p, item, row + i, at, rows[i], maximum_[row + i], sum_[row + i]);
+        const QueryRow at(item, item.row_begin + row + i, p_.group);
+        write_row<bf16>(p_, item, row + i, at, rows[i], maximum_[row + i], sum_[row + i]);
       }
     }
   }
 
-  // 16 rows of O from O^T, [head_dim, 16 rows].
+  // 16 rows of O from O^T, [head_dim_vo, 16 rows].
   void unpack_output(const float* o, float (*rows)[kMaxHeadDim]) const {
-    for (int32_t d = 0; d < padded_dim_; d += kBlock, o += kBlockFloats) {
+    for (int32_t d = 0; d < padded_dim_vo_; d += kBlock, o += kBlockFloats) {
       for (int32_t row = 0; row < kBlock; row += 4) {
         simd::Bytes x[4];
         for (int32_t i = 0; i < 4; ++i) {

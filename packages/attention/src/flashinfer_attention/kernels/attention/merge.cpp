@@ -1,5 +1,5 @@
 // Merge the partial results of tiles that were cut: o is the mean of the pieces weighted by exp(lse), lse their
-// log-sum-exp. One row at a time; rows are spread over the workers.
+// log-sum-exp, of the sink too. One row at a time; rows are spread over the workers.
 #include "attention/cpu_rows.h"
 
 namespace flashinfer {
@@ -17,8 +17,11 @@ inline float largest_lse(const MergeParams& p, int64_t partial, int32_t pieces) 
 template <class T>
 void merge_row(const MergeParams& p, const MergeItem& item, int32_t row) {
   const int64_t partial = int64_t(item.partial) + row;
-  const float largest = largest_lse(p, partial, item.pieces);
-  float sum = 0;
+  const int32_t packed = item.row_begin + row;
+  const int64_t head = int64_t(item.kv_head) * p.group + packed % p.group;
+  const float sink = p.sinks == nullptr ? -kInfinity : p.sinks[head];
+  const float largest = std::fmax(largest_lse(p, partial, item.pieces), sink);
+  float sum = sink == -kInfinity ? 0 : std::exp(sink - largest);
   alignas(64) float o[kMaxHeadDim] = {};
   for (int32_t piece = 0; piece < item.pieces && largest != -kInfinity; ++piece) {
     const int64_t slot = partial + int64_t(piece) * p.tile_rows;
@@ -29,9 +32,7 @@ void merge_row(const MergeParams& p, const MergeItem& item, int32_t row) {
     sum += weight;
   }
   const float scale = sum == 0 ? 0 : 1 / sum;
-  const int32_t packed = item.row_begin + row;
   const int64_t token = int64_t(item.q_start) + packed / p.group;
-  const int64_t head = int64_t(item.kv_head) * p.group + packed % p.group;
   T* to = static_cast<T*>(p.o) + token * p.o_stride_token + head * p.o_stride_head;
   for (int32_t d = 0; d < p.head_dim_vo; ++d) to[d] = simd::round_to(o[d] * scale, T{});
   if (p.lse == nullptr) return;

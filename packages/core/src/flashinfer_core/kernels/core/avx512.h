@@ -47,6 +47,13 @@ inline Bytes pair_bf16(Floats low, Floats high) {
   return (Bytes)(first | (((Words)high + 0x8000) & 0xffff0000u));
 }
 
+// A row of `count` elements, a multiple of 32, rounded to nearest even.
+inline void round_row(bf16* to, const float* from, int32_t count) {
+  for (int32_t i = 0; i < count; i += 32) {
+    store_bytes(to + i, (Bytes)_mm512_cvtne2ps_pbh((__m512)load(from + i + 16), (__m512)load(from + i)));
+  }
+}
+
 inline bool all_equal(Floats a, float b) { return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(b), _CMP_NEQ_UQ) == 0; }
 
 }  // namespace simd

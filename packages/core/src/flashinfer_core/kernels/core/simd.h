@@ -111,6 +111,28 @@ inline Floats load(const f16* from) {
   return widen(load_bits<count>(from), f16{});
 }
 
+template <int count>
+inline Halves load_bytes(const void* from) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  Bytes bytes{};
+  __builtin_memcpy(&bytes, from, count);
+  return __builtin_convertvector(bytes, Halves);
+}
+
+// The upper half of a binary16.
+template <int count = kLanes>
+inline Floats load(const e5m2* from) {
+  return widen(load_bytes<count>(from) << 8, f16{});
+}
+
+// A binary16 whose exponent is 8 too small. The largest number would be 480; it stands for NaN.
+template <int count = kLanes>
+inline Floats load(const e4m3* from) {
+  const Halves bits = load_bytes<count>(from);
+  const Floats x = widen((bits & 0x7f) << 7 | (bits & 0x80) << 8, f16{}) * 256.f;
+  return (Words)x << 1 == 0x43f00000u << 1 ? splat(__builtin_nanf("")) : x;
+}
+
 // A row of `count` elements, a multiple of 8, as fp32; zeros may follow it up to a whole vector.
 template <class T>
 inline void widen_row(float* to, const T* from, int32_t count, int32_t i = 0) {
@@ -177,6 +199,10 @@ inline bf16 round_to(float x, bf16) {
 }
 
 inline float round_to(float x, f32) { return x; }
+
+#if !defined(__AVX512F__)
+inline Floats reciprocal(Floats x) { return 1 / x; }
+#endif
 
 #if !defined(__AVX512F__)
 // 2^x for x <= 0, within 2 units in the last place; results below 2^-126 are 0 and NaN stays NaN.

@@ -32,6 +32,16 @@ struct alignas(2) bf16 {
   uint16_t bits;
 };
 
+// fp8 with 4 bits of exponent and 3 of mantissa: no infinity, NaN where all bits but the sign are set. Held as bits.
+struct e4m3 {
+  uint8_t bits;
+};
+
+// fp8 with 5 bits of exponent and 2 of mantissa: the upper half of a binary16. Held as bits.
+struct e5m2 {
+  uint8_t bits;
+};
+
 static_assert(sizeof(f16) == 2 && sizeof(bf16) == 2, "half-precision elements are two bytes");
 
 }  // namespace flashinfer
