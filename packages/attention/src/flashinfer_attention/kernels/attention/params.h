@@ -47,12 +47,12 @@ struct AttentionParams {
   int32_t rope;            // 1: q and k are rotated, each by its position (halves, as Llama does)
   int32_t k_scale_stride;  // 1: a scale for each KV head; 0: one for all
   int32_t v_scale_stride;
-  float sm_scale;          // multiplies q k^T
-  float logits_soft_cap;   // c > 0: c * tanh(logit / c) takes the place of the scaled logit; 0: not
-  float rope_rcp_scale;    // positions are multiplied by it
-  float rope_log2_theta;   // pair d turns by position * 2^(-2 d / head_dim * log2(theta))
-  float v_factor;          // multiplies v, beside v_scale
-  float lse_scale;         // multiplies the natural lse that is written: 1, or log2(e) for base 2
+  float sm_scale;         // multiplies q k^T
+  float logits_soft_cap;  // c > 0: c * tanh(logit / c) takes the place of the scaled logit; 0: not
+  float rope_rcp_scale;   // positions are multiplied by it
+  float rope_log2_theta;  // pair d turns by position * 2^(-2 d / head_dim * log2(theta))
+  float v_factor;         // multiplies v, beside v_scale
+  float lse_scale;        // multiplies the natural lse that is written: 1, or log2(e) for base 2
 };
 static_assert(sizeof(AttentionParams) == 304, "host and device disagree on AttentionParams");
 
