@@ -14,6 +14,7 @@ from batches import DTYPES, Paged, indptr_of, poisoned
 from flashinfer_attention import attention, plan_attention, single
 from flashinfer_attention.variants import SUPPORT
 from flashinfer_core.errors import UnsupportedOptionError
+from flashinfer_core.tensors import lacks_bfloat16
 
 KINDS = ("decode", "paged", "ragged", "single")
 LENGTHS: Dict[str, Tuple[List[int], List[int]]] = {
@@ -139,7 +140,9 @@ def check(kind: str, batch: Paged, call: Call) -> None:
 
 
 def dtypes_on(device: str) -> List[torch.dtype]:
-    return [dtype for name, dtype in DTYPES.items() if name in SUPPORT["cpu" if device == "cpu" else "cuda"].dtypes]
+    known = SUPPORT["cpu" if device == "cpu" else "cuda"].dtypes
+    lacking = ("bf16",) if device != "cpu" and lacks_bfloat16(torch.device(device, 0)) else ()
+    return [dtype for name, dtype in DTYPES.items() if name in known and name not in lacking]
 
 
 def lacks(batch: Paged, call: Call) -> bool:

@@ -190,7 +190,7 @@ def _launch_uniform(
 ) -> None:
     """Launch the kernels on one request in equal pieces."""
     kernels = load_kernels(problem, q.shape[0] * problem.group)
-    attention = kernels.attention_for(options.general)
+    attention = kernels.attention_for(general=options.general, rotary=options.rope)
     work, uniform = _split(problem, q.shape[0], kv.pages, kernels)
     stream = stream_of(problem.device)
     attention_type, merge_type = structures()

@@ -156,7 +156,7 @@ def _bind(
     for struct in (params,) if merge is None else (params, merge):
         struct.o_stride_token, struct.o_stride_head = o_strides
         struct.lse_scale = lse_scale
-    steps = plan.steps(params, merge, options.general)
+    steps = plan.steps(params, merge, general=options.general, rotary=options.rope)
     return BoundLaunch(steps, _SLOTS[len(steps)])
 
 

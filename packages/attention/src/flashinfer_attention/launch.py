@@ -39,6 +39,7 @@ class _Key(NamedTuple):
     where: Union[str, int]
     forced: str
     general: bool
+    rotary: bool = False
 
 
 class Kernels(NamedTuple):
@@ -63,9 +64,9 @@ class Kernels(NamedTuple):
             return min(merges, -(-self.merge.max_workers // CPU_THREADS_PER_MERGER))
         return min(self.merge.max_workers, -(-merges * self.tile_rows // (4 if self.tile_rows > 16 else 1)))
 
-    def attention_for(self, general: bool) -> Kernel:
+    def attention_for(self, *, general: bool, rotary: bool) -> Kernel:
         """Return the attention kernel of a call, with or without options that change scores; loaded when first used."""
-        return _attention(self.key._replace(general=True)) if general else self.attention
+        return _attention(self.key._replace(general=True, rotary=rotary)) if general else self.attention
 
     @property
     def useful_partial_rows(self) -> int:
@@ -110,6 +111,7 @@ def _attention(key: _Key) -> Kernel:
             head_dim_vo=key.head_dim_vo,
             max_rows=key.max_rows,
             general=key.general,
+            rotary=key.rotary,
         )
 
     return load(variant_for, key.where)

@@ -102,9 +102,9 @@ class Plan:
         if is_capturing(self.problem.device):
             self.workspace.note_capture(rows, (self.work, page_table))
 
-    def steps(self, attention: Any, merge: Any, general: bool) -> List[Step]:
+    def steps(self, attention: Any, merge: Any, *, general: bool, rotary: bool) -> List[Step]:
         """Return the launches of a call with these params."""
-        steps = [Step(self.kernels.attention_for(general), attention, self.kernels.workers)]
+        steps = [Step(self.kernels.attention_for(general=general, rotary=rotary), attention, self.kernels.workers)]
         if self.merge_workers:
             steps.append(Step(self.kernels.merge, merge, self.merge_workers))
         return steps

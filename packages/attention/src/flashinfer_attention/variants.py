@@ -5,8 +5,11 @@ A variant names one template instance. `choose` is pure: print what it returns t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Dict, FrozenSet, NamedTuple, Optional, Tuple, Union
+
+from flashinfer_core.errors import UnsupportedOptionError
 
 PACKAGE = "flashinfer_attention"
 
@@ -27,8 +30,10 @@ STATES_AHEAD = 4  # states whose loads a thread has under way
 ELEMENT_BYTES = {"f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1}
 CUDA_MAX_HEAD_DIM = 256
 # Columns of keys and values that tiles have room for; a problem gets the first that it fits into.
-_PLAIN_DIMS = (64, 128, 256)
+_PLAIN_DIMS = ((64, 64), (128, 128), (256, 256))
+_ROTARY_DIMS = ((64, 64), (128, 128))
 _CUDA_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+_NARROW_DIMS = tuple(dims for dims in _CUDA_DIMS if dims != (96, 96))  # 96 bytes are no whole share of a copy's lanes
 # Shared memory of a CTA in bytes. PTX also runs on the successors with the least: sm_86 and sm_120 have 99 KB.
 SHARED_LIMITS: Dict[str, int] = {
     "sm_75": 64 << 10,
@@ -58,10 +63,12 @@ _CUDA_OPTIONS = frozenset(
         "mask",
         "logits_soft_cap",
         "alibi",
+        "rope",
         "sinks",
         "v_scale",
         "scale_tensors",
         "head_dim_vo",
+        "fp8",
         "deterministic",
     )
 )
@@ -117,7 +124,20 @@ class Attention:
         element = ELEMENT_BYTES[self.kv_dtype]
         queries = self.tile_rows * _row_bytes(self.head_dim, 2) * (2 if shares_rows else 1)
         stage = self.kv_tile * (_row_bytes(self.head_dim, element) + _row_bytes(self.head_dim_vo, element))
-        return queries + 2 * stage + (128 * self.warps if shares_rows else 0)
+        return queries + 2 * stage + (128 * self.warps if shares_rows else 0) + self._extra_bytes
+
+    @property
+    def rows_of_a_copy(self) -> int:
+        """Count the rows of K and V that all threads copy at once: see kRowsPerPass in tile.cuh."""
+        chunks = [columns * ELEMENT_BYTES[self.kv_dtype] // 16 for columns in (self.head_dim, self.head_dim_vo)]
+        return self.threads // math.gcd(*chunks, 32)
+
+    @property
+    def _extra_bytes(self) -> int:
+        narrow, rotary = ELEMENT_BYTES[self.kv_dtype] == 1, self.scores == "Rotary"
+        scales = max(4 * self.tile_rows, 128) if narrow else 0
+        turns = 4 * self.head_dim if rotary else 0
+        return scales + turns + (self.kv_tile * _row_bytes(self.head_dim, 2) if narrow and rotary else 0)
 
     @property
     def max_ctas(self) -> int:
@@ -234,23 +254,26 @@ def choose(
     head_dim_vo: Optional[int] = None,
     max_rows: int,
     general: bool = False,
+    rotary: bool = False,
 ) -> AnyAttention:
     """Choose the attention kernel for a batch whose longest request has `max_rows` packed rows (queries x group).
 
     Few rows mean decoding, which memory bandwidth bounds: a small tile leaves no row idle. kv_dtype, head_dim_vo: None
-    means those of q. general: scores change one by one (window, mask, soft cap, ALiBi, RoPE); tile_rows do not depend
-    on it, so a plan for one kernel serves the other. Pure; nothing is loaded.
+    means those of q. general: scores change one by one (window, mask, soft cap, ALiBi, RoPE). rotary: RoPE is among
+    them. tile_rows do not depend on these two, so a plan for one kernel serves the others. Pure; nothing is loaded.
     """
     if target not in SHARED_LIMITS:
         decode_rows, prefill_rows = _cpu_tile_rows(target, dtype)
         rows = decode_rows if max_rows <= CPU_MAX_DECODE_ROWS else prefill_rows
         return AttentionCpu(dtype, dtype if kv_dtype is None else kv_dtype, rows)
     wanted = (head_dim, head_dim if head_dim_vo is None else head_dim_vo)
-    dims = next(dims for dims in _CUDA_DIMS if wanted[0] <= dims[0] and wanted[1] <= dims[1])
-    plain = dims == wanted and dims[0] == dims[1] and dims[0] in _PLAIN_DIMS and not general
+    kv_dtype = dtype if kv_dtype is None else kv_dtype
+    known = _CUDA_DIMS if kv_dtype == dtype else _NARROW_DIMS
+    dims = next(dims for dims in known if wanted[0] <= dims[0] and wanted[1] <= dims[1])
+    plain = dims == wanted and dims in _PLAIN_DIMS and kv_dtype == dtype and not general
     tile_rows = _cuda_tile_rows(dims)
     rows = next((rows for rows in tile_rows if max_rows <= rows), tile_rows[-1])
-    return _cuda(target, dtype, dtype if kv_dtype is None else kv_dtype, dims, rows, "Plain" if plain else "General")
+    return _cuda(target, dtype, kv_dtype, dims, rows, "Plain" if plain else "Rotary" if rotary else "General")
 
 
 def choose_merge(target: str, *, dtype: str) -> Merge:
@@ -290,7 +313,11 @@ def shipped(target: str) -> Tuple[AnyVariant, ...]:
     attention = tuple(
         _cuda(target, dtype, dtype, dims, rows, scores)
         for dtype in dtypes
-        for dims, scores in (*((dims, "General") for dims in _CUDA_DIMS), *(((d, d), "Plain") for d in _PLAIN_DIMS))
+        for dims, scores in (
+            *((dims, "General") for dims in _CUDA_DIMS),
+            *((dims, "Plain") for dims in _PLAIN_DIMS),
+            *((dims, "Rotary") for dims in _ROTARY_DIMS),
+        )
         for rows in _cuda_tile_rows(dims)
     )
     return (*attention, *(choose_merge(target, dtype=dtype) for dtype in dtypes), *_shipped_states(target))
@@ -307,18 +334,22 @@ def _cuda_tile_rows(dims: Tuple[int, int]) -> Tuple[int, ...]:
 
 
 def _cuda(target: str, dtype: str, kv_dtype: str, dims: Tuple[int, int], tile_rows: int, scores: str) -> Attention:
-    """Give the tile as many keys as registers and shared memory hold, up to 64."""
-    # 16 rows are shared by all warps, each with 16 keys of a step. Larger tiles are dealt to four warps: at 128 rows
-    # each has 32, and reads K and V from shared memory half as often as eight warps of 16 would. At 128 columns,
-    # General's options need the registers that so many rows take.
-    warps = 8 if tile_rows == 128 and dims[1] == 128 and scores != "Plain" else 4
-    # Beside so large an output 64 keys fit 255 registers on sm_90 alone, at 128 columns; elsewhere they would spill.
-    fits = warps == 8 or (target.startswith("sm_90") and dims[1] == 128)
-    crowded = tile_rows * dims[1] >= 128 * 96 and not fits
-    for kv_tile in (32, 16) if crowded else (64, 32, 16):
-        variant = Attention(
-            dtype, kv_dtype, *dims, tile_rows, kv_tile, kv_tile // 16 if tile_rows == 16 else warps, scores
-        )
-        if variant.shared_bytes <= SHARED_LIMITS[target]:
-            break
-    return variant
+    """Give the tile as many keys as registers and shared memory hold."""
+    narrow = ELEMENT_BYTES[kv_dtype] == 1
+    choices: Tuple[Tuple[int, int], ...]
+    if tile_rows == 16:
+        # All warps share the rows, each with 16 keys of a step; of narrow keys 32, which are as many bytes.
+        choices = ((128, 4), (64, 2), (32, 1)) if narrow else ((64, 4), (32, 2), (16, 1))
+    else:
+        # Rows are dealt to four warps: at 128 rows each has 32, and reads K and V from shared memory half as often as
+        # eight warps of 16 would. At 128 columns, General's options need the registers that so many rows take.
+        warps = 8 if tile_rows == 128 and (narrow or dims[1] == 128) and scores != "Plain" else 4
+        # Beside so large an output 64 keys fit 255 registers on sm_90 alone, at 128 columns; elsewhere they spill.
+        fits = warps == 8 or (target.startswith("sm_90") and dims[1] == 128)
+        crowded = tile_rows * dims[1] >= 128 * 96 and not fits
+        choices = tuple((kv_tile, warps) for kv_tile in ((32, 16) if crowded else (64, 32, 16)))
+    for kv_tile, warps in choices:
+        variant = Attention(dtype, kv_dtype, *dims, tile_rows, kv_tile, warps, scores)
+        if variant.shared_bytes <= SHARED_LIMITS[target] and kv_tile % variant.rows_of_a_copy == 0:
+            return variant
+    raise UnsupportedOptionError("head_dim", dims[0], f"less with RoPE on {target}, whose shared memory is too small")

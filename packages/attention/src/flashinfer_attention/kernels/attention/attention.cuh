@@ -7,6 +7,7 @@
 
 #include "attention/load.cuh"
 #include "attention/output.cuh"
+#include "attention/rope.cuh"
 #include "attention/softmax.cuh"
 #include "attention/tile.cuh"
 #include "core/uniform.h"
@@ -15,14 +16,20 @@ namespace flashinfer {
 namespace attention {
 
 // S = Q K^T for this warp's rows and keys.
-template <typename T, typename Tile>
-__device__ void score(Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], typename Tile::Queries q,
-                      typename Tile::Keys k, int first_row, int first_key, int lane) {
+template <typename T, typename Tile, typename Keys>
+__device__ void score(Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], typename Tile::Queries q, Keys k,
+                      int first_row, int first_key, int lane) {
 #pragma unroll
   for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
     FragmentA rows[Tile::kRowBlocks];
 #pragma unroll
-    for (int r = 0; r < Tile::kRowBlocks; ++r) q.load(rows[r], first_row + 16 * r, step, lane);
+    for (int r = 0; r < Tile::kRowBlocks; ++r) {
+      if constexpr (Keys::kChunkElements == 16) {
+        q.load_fours(rows[r], first_row + 16 * r, step, lane);
+      } else {
+        q.load(rows[r], first_row + 16 * r, step, lane);
+      }
+    }
 #pragma unroll
     for (int block = 0; block < Tile::kKeyBlocks; block += 2) {
       FragmentB keys[2];
@@ -77,6 +84,20 @@ __device__ void rescale(Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], Ro
   }
 }
 
+// Take back what `prepare_queries` scaled the rows by.
+template <typename Tile>
+__device__ void scale_rows(Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], const float* scales, int lane) {
+#pragma unroll
+  for (int r = 0; r < Tile::kRowBlocks; ++r) {
+    const float scale[2] = {scales[16 * r + lane / 4], scales[16 * r + lane / 4 + 8]};
+#pragma unroll
+    for (int block = 0; block < Tile::kKeyBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[r][block].x[i] *= scale[i / 2];
+    }
+  }
+}
+
 // What a CTA carries from one work item to the next.
 template <typename Tile, typename Scores>
 struct Pipeline {
@@ -90,6 +111,8 @@ struct Pipeline {
 // registers from the matrices.
 template <typename T, typename Tile, typename Scores>
 __device__ void attend(const Work& work, int32_t index, Pipeline<Tile, Scores>& pipeline) {
+  using Operand = typename Operands<T, Tile::kNarrow>::Type;
+  constexpr bool kPrepares = Scores::kRotates || (Tile::kNarrow && !kSame<T, Operand>);
   const AttentionParams& p = work.p;
   const SharedTile<Tile>& tile = pipeline.tile;
   const int warp = threadIdx.x / 32;
@@ -127,8 +150,19 @@ __device__ void attend(const Work& work, int32_t index, Pipeline<Tile, Scores>& 
     __syncthreads();  // this tile has arrived for all, and all are done with the stage that is filled next
     pipeline.stream.load(tile, pipeline.stage ^ 1);
     Accumulator s[Tile::kRowBlocks][Tile::kKeyBlocks] = {};
-    score<T, Tile>(s, tile.q(Tile::kQueryBuffers == 2 ? pipeline.buffer ^ 1 : 0), tile.k(pipeline.stage), first_row,
-                   first_key, lane);
+    const auto q = tile.q(Tile::kQueryBuffers == 2 ? pipeline.buffer ^ 1 : 0);
+    if constexpr (kPrepares) {
+      const WorkItem item = work.at<Tile>(index);
+      if (key == item.kv_begin) prepare_queries<T, Operand, Tile, Scores>(p, {item, p.group}, tile, q);
+      if constexpr (Scores::kRotates) rotate_keys<Operand>(p, tile, pipeline.stage, key);
+      __syncthreads();
+    }
+    if constexpr (Scores::kRotates) {
+      score<Operand, Tile>(s, q, tile.rotated_keys(pipeline.stage), first_row, first_key, lane);
+    } else {
+      score<Operand, Tile>(s, q, tile.k(pipeline.stage), first_row, first_key, lane);
+    }
+    if constexpr (kPrepares && Tile::kNarrow) scale_rows<Tile>(s, tile.row_scales() + first_row, lane);
     float exponent_scale = scale;
     if (Scores::kGeneral && changes_logits(p)) {
       const WorkItem item = work.at<Tile>(index);
@@ -150,7 +184,7 @@ __device__ void attend(const Work& work, int32_t index, Pipeline<Tile, Scores>& 
       }
     }
     rescale<Tile>(s, state, o, exponent_scale);
-    accumulate<T, Tile>(o, s, tile.v(pipeline.stage), first_key, lane);
+    accumulate<Operand, Tile>(o, s, tile.v(pipeline.stage), first_key, lane);
     pipeline.stage ^= 1;
   }
 
@@ -159,19 +193,22 @@ __device__ void attend(const Work& work, int32_t index, Pipeline<Tile, Scores>& 
 #pragma unroll
   for (int r = 0; r < Tile::kRowBlocks; ++r) {
     for (int half = 0; half < 2; ++half) state[r].sum[half] = quad_sum(state[r].sum[half]);
+    if constexpr (Tile::kNarrow) deal_columns(o[r]);
     if constexpr (Tile::kWarpsOverKeys > 1) {
       combine_and_store<T, Tile, Scores>(p, queries, tile, pipeline.stage ^ 1, o[r], state[r]);
     } else {
-      store_rows<T, Scores>(p, queries, first_row + 16 * r, 0, o[r], state[r]);
+      store_rows<T, Scores, Tile::kNarrow>(p, queries, first_row + 16 * r, 0, o[r], state[r]);
     }
   }
 }
 
 // Grid: one CTA a worker, as many as the plan says; Tile::kThreads threads.
 template <typename T, typename Tile, typename Scores>
-__global__ void __launch_bounds__(Tile::kThreads) attention(const __grid_constant__ AttentionParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, Scores::kMinCtas)
+    attention(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(128) uint8_t shared[];
   const Work work(p);
+  if constexpr (Scores::kRotates) rotation_begins(p, SharedTile<Tile>{shared});
   Pipeline<Tile, Scores> pipeline{{shared}, KeyStream<Tile, Scores>(work)};
   pipeline.stream.load(pipeline.tile, 0);
   for (int32_t i = work.index; i < work.end; i += work.step) attend<T, Tile, Scores>(work, i, pipeline);

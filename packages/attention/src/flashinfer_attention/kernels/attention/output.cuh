@@ -40,13 +40,32 @@ __device__ inline RowResult row_result(float max, float sum, const float* sink) 
   return {correction * inverse_sum(sum), natural_lse(max, sum)};
 }
 
+// Bring the even and odd columns of sixteen, which two blocks have where V is 8-bit, into pairs.
+template <int kBlocks>
+__device__ void deal_columns(Accumulator (&o)[kBlocks]) {
+#pragma unroll
+  for (int block = 0; block < kBlocks; block += 2) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float odd = o[block + 1].x[2 * half];
+      o[block + 1].x[2 * half] = o[block].x[2 * half + 1];
+      o[block].x[2 * half + 1] = odd;
+    }
+  }
+}
+
+// The first of the two columns that a lane has of a block; dealt columns lie four by four.
+template <bool kDealt>
+__device__ int column_of(int block, int lane) {
+  return kDealt ? block / 2 * 16 + lane % 4 * 4 + block % 2 * 2 : block * 8 + lane % 4 * 2;
+}
+
 // Store 8 * kBlocks columns from `column` on of the two rows that this lane holds of the 16 from `first_row` on.
-template <typename T, typename Scores, int kBlocks>
+template <typename T, typename Scores, bool kDealt, int kBlocks>
 __device__ void store_rows(const AttentionParams& p, const QueryRows& queries, int first_row, int column,
                            const Accumulator (&o)[kBlocks], const RowState& state) {
   const int lane = threadIdx.x % 32;
-  const int first_column = column + lane % 4 * 2;
-  const bool writes_lse = first_column == 0;
+  const bool writes_lse = column + lane % 4 == 0;
   const float factor = value_scale(p, queries.item.kv_head);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -60,21 +79,23 @@ __device__ void store_rows(const AttentionParams& p, const QueryRows& queries, i
     if (!whole) {
       const int64_t partial = static_cast<int64_t>(queries.item.partial) + row;
       if (writes_lse) p.partial_lse[partial] = result.lse;
-      auto* target = reinterpret_cast<float2*>(p.partial_o + partial * p.head_dim_vo + first_column);
+      float* target = p.partial_o + partial * p.head_dim_vo + column;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-        if (Scores::kGeneral && column + 8 * block >= p.head_dim_vo) break;
-        target[4 * block] = {o[block].x[2 * half] * scale, o[block].x[2 * half + 1] * scale};
+        const int pair = column_of<kDealt>(block, lane);
+        if (Scores::kGeneral && column + pair >= p.head_dim_vo) continue;
+        *reinterpret_cast<float2*>(target + pair) = {o[block].x[2 * half] * scale, o[block].x[2 * half + 1] * scale};
       }
     } else {
       const int64_t token = queries.token(row);
       if (writes_lse && p.lse != nullptr) p.lse[token * p.kv_heads * p.group + head] = result.lse * p.lse_scale;
-      auto* target = static_cast<uint16_t*>(p.o) + token * p.o_stride_token + head * p.o_stride_head + first_column;
+      auto* target = static_cast<uint16_t*>(p.o) + token * p.o_stride_token + head * p.o_stride_head + column;
       const bool aligned = reinterpret_cast<uint64_t>(target) % 4 == 0;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-        if (Scores::kGeneral && column + 8 * block >= p.head_dim_vo) break;
-        store_pair<T>(target + 8 * block, aligned, o[block].x[2 * half] * scale, o[block].x[2 * half + 1] * scale);
+        const int pair = column_of<kDealt>(block, lane);
+        if (Scores::kGeneral && column + pair >= p.head_dim_vo) continue;
+        store_pair<T>(target + pair, aligned, o[block].x[2 * half] * scale, o[block].x[2 * half + 1] * scale);
       }
     }
   }
@@ -90,9 +111,8 @@ __device__ void combine_and_store(const AttentionParams& p, const QueryRows& que
   const int lane = threadIdx.x % 32;
   float* const states = tile.states();
   // Blocks of eight columns are swizzled by row, so that four rows of one block fall into different banks.
-  const auto value = [&](int row, int block) {
-    return reinterpret_cast<float2*>(tile.values(stage) + row * Tile::kHeadDimVo + (block ^ (row & 3)) * 8 +
-                                     lane % 4 * 2);
+  const auto value = [&](int row, int column) {
+    return reinterpret_cast<float2*>(tile.values(stage) + row * Tile::kHeadDimVo + (column ^ (row & 3) * 8));
   };
   __syncthreads();  // all warps are done with the stage
 #pragma unroll
@@ -104,7 +124,7 @@ __device__ void combine_and_store(const AttentionParams& p, const QueryRows& que
     }
 #pragma unroll
     for (int block = 0; block < Tile::kDimBlocks; ++block) {
-      *value(row, block) = {o[block].x[2 * half], o[block].x[2 * half + 1]};
+      *value(row, column_of<Tile::kNarrow>(block, lane)) = {o[block].x[2 * half], o[block].x[2 * half + 1]};
     }
   }
   __syncthreads();
@@ -124,13 +144,13 @@ __device__ void combine_and_store(const AttentionParams& p, const QueryRows& que
       combined.sum[half] += weight * states[2 * (other * 16 + row) + 1];
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-        const float2 pair = *value(other * 16 + row, warp * kBlocks + block);
+        const float2 pair = *value(other * 16 + row, column_of<false>(warp * kBlocks + block, lane));
         total[block].x[2 * half] += weight * pair.x;
         total[block].x[2 * half + 1] += weight * pair.y;
       }
     }
   }
-  store_rows<T, Scores>(p, queries, 0, warp * kBlocks * 8, total, combined);
+  store_rows<T, Scores, false>(p, queries, 0, warp * kBlocks * 8, total, combined);
 }
 
 }  // namespace attention

@@ -12,12 +12,23 @@ namespace attention {
 
 // Causal or full attention over rows as wide as the tile.
 struct Plain {
+  static constexpr int kMinCtas = 0;  // of an SM: left to the compiler
   static constexpr bool kGeneral = false;
+  static constexpr bool kRotates = false;
 };
 
 // Window, mask, bias, soft cap, and rows narrower than the tile.
 struct General {
+  static constexpr int kMinCtas = 1;  // else the compiler spills to fit one more
   static constexpr bool kGeneral = true;
+  static constexpr bool kRotates = false;
+};
+
+// The same with queries and keys rotated by their positions.
+struct Rotary {
+  static constexpr int kMinCtas = 1;
+  static constexpr bool kGeneral = true;
+  static constexpr bool kRotates = true;
 };
 
 __device__ inline float loaded_or(const float* value, int32_t index, float otherwise) {

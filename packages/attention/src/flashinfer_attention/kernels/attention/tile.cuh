@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attention/params.h"
+#include "core/fp8.cuh"
 #include "core/mma.cuh"
 
 namespace flashinfer {
@@ -18,8 +19,8 @@ struct KeyValue {
   static constexpr int kHeadDimVo = kHeadDimVo_;
 };
 
-// A matrix of 16 or 8 bits an element in shared memory.
-template <typename Element, int kColumns>
+// A matrix of 16 bits an element in shared memory.
+template <typename Element, int kColumns, bool kNarrow = sizeof(Element) == 1>
 struct SharedRows {
   static constexpr int kChunkElements = 16 / sizeof(Element);
   static constexpr int kChunks = kColumns / kChunkElements;  // 16-byte chunks of a row
@@ -32,9 +33,22 @@ struct SharedRows {
     return data + (row * kPitch + (kSwizzled ? chunk ^ (row & 7) : chunk)) * 16;
   }
 
+  // Four elements from `column` on, a multiple of four.
+  __device__ void* four(int row, int column) const {
+    return static_cast<Element*>(chunk(row, column / kChunkElements)) + column % kChunkElements;
+  }
+
   // Rows [row, row + 16) and columns [16 * step, +16) as operand A.
   __device__ void load(FragmentA& a, int row, int step, int lane) const {
     load_matrix(a.x, chunk(row + lane % 16, 2 * step + lane / 16));
+  }
+
+  // The same for operands B that are loaded from 8-bit rows: lane l has columns 4 * (l % 4) to 4 * (l % 4) + 3.
+  __device__ void load_fours(FragmentA& a, int row, int step, int lane) const {
+    const int column = 16 * step + lane % 4 * 4;
+    const auto* upper = static_cast<const uint2*>(four(row + lane / 4, column));
+    const auto* lower = static_cast<const uint2*>(four(row + lane / 4 + 8, column));
+    a = {{upper->x, lower->x, upper->y, lower->y}};
   }
 
   // The transpose of rows [row, row + 16) and columns [16 * step, +16) as two operands B of 8 columns: Q K^T.
@@ -54,11 +68,50 @@ struct SharedRows {
   }
 };
 
+template <typename A, typename B>
+constexpr bool kSame = false;
+template <typename A>
+constexpr bool kSame<A, A> = true;
+
+// What tensor cores multiply: the type of q, or fp16, which holds every fp8 exactly and probabilities better than bf16.
+template <typename T, bool kNarrow>
+struct Operands {
+  using Type = T;
+};
+template <typename T>
+struct Operands<T, true> {
+  using Type = f16;
+};
+
+// The same of 8 bits, which become fp16 in registers. `ldmatrix` moves pairs of 8-bit elements as if they were one, so
+// a lane gets others than the product's layout has for it. Nothing is moved between lanes for that: a sum does not
+// depend on the order of its terms, nor a product on that of its columns.
+template <typename Element, int kColumns>
+struct SharedRows<Element, kColumns, true> : SharedRows<Element, kColumns, false> {
+  // Q K^T: a lane's terms are columns 4 * (l % 4) to + 3 of a row, for which Q is loaded by `load_fours`.
+  __device__ void load_transposed(FragmentB (&b)[2], int row, int step, int lane) const {
+    uint32_t x[2];
+    load_matrix(x, this->chunk(row + lane % 16, step));
+    for (int i = 0; i < 2; ++i)
+      b[i] = {{Fp8<Element>::template pair<0, 1>(x[i]), Fp8<Element>::template pair<2, 3>(x[i])}};
+  }
+
+  // P V: a transposed pair is two columns of one row. The first operand takes the even columns of sixteen, the second
+  // the odd ones; `deal_columns` brings their results together.
+  __device__ void load(FragmentB (&b)[2], int row, int block, int lane) const {
+    uint32_t x[2];
+    load_matrix_transposed(x, this->chunk(row + lane % 16, block));
+    b[0] = {{Fp8<Element>::template pair<0, 2>(x[0]), Fp8<Element>::template pair<0, 2>(x[1])}};
+    b[1] = {{Fp8<Element>::template pair<1, 3>(x[0]), Fp8<Element>::template pair<1, 3>(x[1])}};
+  }
+};
+
 template <typename KeyValue, int kRows_, int kKeys_, int kWarps_>
 struct Tile {
   using Element = typename KeyValue::Element;
   static constexpr int kHeadDim = KeyValue::kHeadDim;
   static constexpr int kHeadDimVo = KeyValue::kHeadDimVo;
+  static constexpr bool kNarrow = sizeof(Element) == 1;
   static constexpr int kRows = kRows_;  // packed query rows
   static constexpr int kKeys = kKeys_;  // keys of one step
   static constexpr int kWarps = kWarps_;
@@ -88,7 +141,8 @@ struct Tile {
   static_assert(kKeys % kRowsPerPass == 0, "copies tile the keys");
 };
 
-// The parts of a CTA's shared memory: queries, then K and V of each stage, then the states that warps exchange.
+// The parts of a CTA's shared memory: queries, then K and V of each stage, then the states that warps exchange, then
+// what rotation and narrow keys need.
 template <typename Tile>
 struct SharedTile {
   uint8_t* base;
@@ -101,12 +155,22 @@ struct SharedTile {
   __device__ float* values(int stage) const { return reinterpret_cast<float*>(k(stage).data); }
   __device__ float* states() const { return reinterpret_cast<float*>(base + kStatesOffset); }
 
+  // Where keys are narrow: what each query row was divided by. Where they are rotated: how many turns a position is,
+  // for each pair of columns, and room for the keys of a stage that are too narrow to be rotated in place.
+  __device__ float* row_scales() const { return reinterpret_cast<float*>(base + kExtraOffset); }
+  __device__ float2* turns() const { return reinterpret_cast<float2*>(base + kExtraOffset + kScaleBytes); }
+  __device__ SharedRows<f16, Tile::kHeadDim> rotated_keys(int stage) const {
+    return {Tile::kNarrow ? base + kExtraOffset + kScaleBytes + 4 * Tile::kHeadDim : k(stage).data};
+  }
+
  private:
   static constexpr int kQueryBytes = Tile::kRows * Tile::Queries::kPitch * 16;
   static constexpr int kKeyBytes = Tile::kKeys * Tile::Keys::kPitch * 16;
   static constexpr int kStageBytes = kKeyBytes + Tile::kKeys * Tile::Values::kPitch * 16;
   static constexpr int kStagesOffset = Tile::kQueryBuffers * kQueryBytes;
   static constexpr int kStatesOffset = kStagesOffset + Tile::kStages * kStageBytes;
+  static constexpr int kExtraOffset = kStatesOffset + (Tile::kWarpsOverKeys > 1 ? Tile::kWarps * 128 : 0);
+  static constexpr int kScaleBytes = !Tile::kNarrow ? 0 : Tile::kRows <= 32 ? 128 : Tile::kRows * 4;
   static_assert(Tile::kWarpsOverKeys == 1 || Tile::kWarps * 16 * Tile::kHeadDimVo * 4 <= kStageBytes,
                 "the values fit a stage");
 };

@@ -31,6 +31,13 @@ __device__ inline float log2_approx(float x) {
   return y;
 }
 
+// Cosine and sine of an angle in [-pi, pi], to 2^-20.
+__device__ inline float2 cosine_and_sine(float angle) {
+  float2 y;
+  asm("cos.approx.ftz.f32 %0, %2;\n sin.approx.ftz.f32 %1, %2;" : "=f"(y.x), "=f"(y.y) : "f"(angle));
+  return y;
+}
+
 // An element as fp32, exactly.
 __device__ inline float widen(float x) { return x; }
 

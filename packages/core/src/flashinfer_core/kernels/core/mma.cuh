@@ -61,10 +61,25 @@ __device__ inline void load_matrix(uint32_t (&x)[4], const void* row) {
                : "memory");
 }
 
+// Two blocks; lanes 0 to 15 name their rows.
+__device__ inline void load_matrix(uint32_t (&x)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(x[0]), "=r"(x[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // The same with every block transposed.
 __device__ inline void load_matrix_transposed(uint32_t (&x)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+__device__ inline void load_matrix_transposed(uint32_t (&x)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(x[0]), "=r"(x[1])
                : "r"(shared_address(row))
                : "memory");
 }
