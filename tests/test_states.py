@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, List, Tuple
 
@@ -265,6 +266,6 @@ def test_choose_picks_what_ships(target: str) -> None:
         if dtype == "bf16" and target.endswith("_75"):
             continue
         for sum_dtype in (dtype, "f32"):
-            for aligned in (True, False):
-                one = variants.choose_states(target, dtype=dtype, sum_dtype=sum_dtype, aligned=aligned)
+            for aligned, many in itertools.product((True, False), repeat=2):
+                one = variants.choose_states(target, dtype=dtype, sum_dtype=sum_dtype, aligned=aligned, many=many)
                 assert one in shipped

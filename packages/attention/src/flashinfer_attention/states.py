@@ -7,23 +7,22 @@ group all merge by it. Every lse here is natural. Accumulation is fp32.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple, Optional, Tuple, Type, Union
+from typing import Any, NamedTuple, Optional, Tuple, Type, Union, cast
 
 import torch
 
 from flashinfer_attention.compat import LOG2_E
 from flashinfer_attention.launch import stream_of
 from flashinfer_attention.support import ELEMENTS
-from flashinfer_attention.variants import PACKAGE, STATES_THREADS, AnyVariant, States, choose_states
+from flashinfer_attention.variants import PACKAGE, AnyVariant, States, choose_states
 from flashinfer_core import settings
 from flashinfer_core.errors import (
     InvalidArgumentError,
     InvalidTypeError,
-    UnsupportedDeviceError,
     UnsupportedOptionError,
 )
 from flashinfer_core.kernel import Kernel, load
-from flashinfer_core.outputs import check_apart, check_output
+from flashinfer_core.outputs import check_apart, check_output, check_runs
 from flashinfer_core.params import structure
 from flashinfer_core.tensors import check_int32, check_tensor, lacks_bfloat16
 
@@ -209,16 +208,6 @@ def _check_lse(name: str, lse: torch.Tensor, shape: Tuple[int, ...], device: tor
         raise InvalidTypeError(f"{name} must be torch.float32, got {lse.dtype}")
 
 
-def _check_types(o: torch.Tensor, others: torch.Tensor) -> None:
-    if o.device.type not in ("cpu", "cuda"):
-        raise UnsupportedDeviceError(f"there are no kernels for {o.device}", remedy="use a CPU or a CUDA device")
-    for tensor in (o, others):
-        if tensor.dtype not in ELEMENTS:
-            raise UnsupportedOptionError("dtype", tensor.dtype, "float32, float16 and bfloat16")
-        if tensor.dtype == torch.bfloat16 and tensor.device.type == "cuda" and lacks_bfloat16(tensor.device):
-            raise UnsupportedOptionError("dtype", tensor.dtype, "float32 and float16 on GPUs older than sm_80")
-
-
 def _merge(
     first: _View,
     others: _View,
@@ -231,9 +220,9 @@ def _merge(
     indptr: Optional[torch.Tensor] = None,
     mask: Optional[torch.Tensor] = None,
 ) -> State:
-    """Check the types and the outputs, allocate those that are missing, launch."""
-    _check_types(first.o, others.o)
+    """Check the outputs, allocate those that are missing, launch; `_load` checks the types."""
     device, dtype = first.o.device, first.o.dtype
+    check_runs("o", device)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
     else:
@@ -270,16 +259,15 @@ def _merge(
 def _launch(params: Any, first: _View, others: _View, out: torch.Tensor) -> None:
     tokens, heads, head_dim = out.shape
     if out.device.type == "cpu":
-        kernel = _load(others.o.dtype, out.dtype, True, "cpu")
+        kernel = _load(_Key(others.o.dtype, out.dtype, "cpu"))
         busy = out.numel() * out.element_size() >= _BYTES_FOR_THREADS
         kernel.launch(params, workers=min(tokens * heads, kernel.max_workers) if busy else 1)
         return
     views = ((first.o, first.o_strides), (others.o, others.o_strides), (out, out.stride()[:2]))
-    kernel = _load(others.o.dtype, out.dtype, all(_is_aligned(*view) for view in views), out.device.index)
-    variant = kernel.variant
-    assert isinstance(variant, States)
-    rows_at_once = STATES_THREADS // min(head_dim // variant.elements, STATES_THREADS)
-    kernel.launch(params, workers=min(-(-tokens * heads // rows_at_once), 2**31 - 1), stream=stream_of(out.device))
+    aligned = all(_is_aligned(*view) for view in views)
+    kernel = _load(_Key(others.o.dtype, out.dtype, out.device.index, aligned, bool(params.indptr) or params.states > 2))
+    workers = -(-tokens * heads // cast(States, kernel.variant).rows_at_once(head_dim))
+    kernel.launch(params, workers=min(workers, 2**31 - 1), stream=stream_of(out.device))
 
 
 def _is_aligned(o: torch.Tensor, strides: Tuple[int, ...]) -> bool:
@@ -287,21 +275,36 @@ def _is_aligned(o: torch.Tensor, strides: Tuple[int, ...]) -> bool:
     return o.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in strides)
 
 
-def _load(dtype: torch.dtype, sum_dtype: torch.dtype, aligned: bool, where: Union[str, int]) -> Kernel:
-    forced = settings.forced_target("cpu" if where == "cpu" else "cuda")
-    return _load_for(dtype, sum_dtype, aligned, where, forced)
+class _Key(NamedTuple):
+    """What `choose_states` depends on."""
+
+    dtype: torch.dtype
+    sum_dtype: torch.dtype
+    where: Union[str, int]
+    aligned: bool = True
+    many: bool = False
+
+
+def _load(key: _Key) -> Kernel:
+    return _load_for(key, settings.forced_target("cpu" if key.where == "cpu" else "cuda"))
 
 
 @lru_cache(maxsize=None)
-def _load_for(dtype: torch.dtype, sum_dtype: torch.dtype, aligned: bool, where: Union[str, int], forced: str) -> Kernel:
+def _load_for(key: _Key, forced: str) -> Kernel:
     del forced  # a kernel of another target is another kernel
+    for asked in (key.dtype, key.sum_dtype):
+        if asked not in ELEMENTS:
+            raise UnsupportedOptionError("dtype", asked, "float32, float16 and bfloat16")
+        if asked == torch.bfloat16 and key.where != "cpu" and lacks_bfloat16(torch.device("cuda", int(key.where))):
+            raise UnsupportedOptionError("dtype", asked, "float32 and float16 on GPUs older than sm_80")
+    dtype, sum_dtype = ELEMENTS[key.dtype], ELEMENTS[key.sum_dtype]
 
     def states_for(target: str) -> Optional[AnyVariant]:
-        if dtype == torch.bfloat16 and target.endswith("_75"):
+        if dtype == "bf16" and target.endswith("_75"):
             return None
-        return choose_states(target, dtype=ELEMENTS[dtype], sum_dtype=ELEMENTS[sum_dtype], aligned=aligned)
+        return choose_states(target, dtype=dtype, sum_dtype=sum_dtype, aligned=key.aligned, many=key.many)
 
-    return load(states_for, where)
+    return load(states_for, key.where)
 
 
 @lru_cache(maxsize=None)

@@ -24,8 +24,7 @@ CPU_WORKERS_PER_THREAD = 4
 CPU_THREADS_PER_MERGER = 4
 
 STATE_DTYPES = ("f32", "f16", "bf16")
-STATES_THREADS = 256
-STATES_AHEAD = 4  # states whose loads a thread has under way
+_STATES_AHEAD = 7  # eight states, which sequence-parallel groups often have, in one go
 
 ELEMENT_BYTES = {"f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1}
 CUDA_MAX_HEAD_DIM = 256
@@ -211,12 +210,14 @@ class Merge:
 class States:
     """One instance of `attention::merge_states`: `dtype` of states, `sum_dtype` of the first one and the result.
 
-    elements: columns of a GPU's thread, 16 bytes or one element; 0 on a CPU.
+    elements: columns of a vector on a GPU, 16 bytes or one element; 0 on a CPU. ahead: states that a thread asks for
+    beside the first before it needs it.
     """
 
     dtype: str
     sum_dtype: str
     elements: int
+    ahead: int = 0
 
     package = PACKAGE
     shared_bytes = 0
@@ -228,17 +229,21 @@ class States:
     @property
     def name(self) -> str:
         types = self.dtype if self.dtype == self.sum_dtype else f"{self.sum_dtype}-{self.dtype}"
-        return f"states-{types}-{'element' if self.elements == 1 else 'vector'}" if self.elements else f"states-{types}"
+        return f"states-{types}-e{self.elements}-n{self.ahead + 1}" if self.elements else f"states-{types}"
 
     @property
     def expression(self) -> str:
         types = f"flashinfer::{self.sum_dtype}, flashinfer::{self.dtype}"
-        sizes = f", {self.elements}, {STATES_AHEAD}" if self.elements else ""
+        sizes = f", {self.elements}, {self.ahead}" if self.elements else ""
         return f"flashinfer::attention::merge_states<{types}{sizes}>"
 
     @property
     def threads(self) -> int:
-        return STATES_THREADS if self.elements else 1
+        return 256 if self.elements else 1
+
+    def rows_at_once(self, head_dim: int) -> int:
+        """Count the rows that a CTA merges at a time; a thread has one or two vectors of a row (states.cuh)."""
+        return self.threads // -(-(head_dim // self.elements) // (2 if self.ahead == 1 else 1))
 
 
 AnyAttention = Union[Attention, AttentionCpu]
@@ -281,22 +286,27 @@ def choose_merge(target: str, *, dtype: str) -> Merge:
     return Merge(dtype, f"attention/merge.{'cuh' if target in SHARED_LIMITS else 'cpp'}")
 
 
-def choose_states(target: str, *, dtype: str, sum_dtype: str, aligned: bool) -> States:
-    """Choose the kernel that merges states; `aligned`: all addresses and strides are multiples of 16 bytes."""
+def choose_states(target: str, *, dtype: str, sum_dtype: str, aligned: bool, many: bool) -> States:
+    """Choose the kernel that merges states; `aligned`: all addresses and strides are multiples of 16 bytes.
+
+    many: rows may have more than two states.
+    """
     if target not in SHARED_LIMITS:
         return States(dtype, sum_dtype, 0)
-    vector = 4 if dtype == "f32" else 8
-    return States(dtype, sum_dtype, vector if aligned else 1)
+    if not aligned:
+        return States(dtype, sum_dtype, 1, 1)
+    return States(dtype, sum_dtype, 4 if dtype == "f32" else 8, _STATES_AHEAD if many else 1)
 
 
 def _shipped_states(target: str) -> Tuple[States, ...]:
     dtypes = [dtype for dtype in STATE_DTYPES if not (dtype == "bf16" and target.endswith("_75"))]
-    return tuple(
-        choose_states(target, dtype=dtype, sum_dtype=sum_dtype, aligned=aligned)
+    chosen = [
+        choose_states(target, dtype=dtype, sum_dtype=sum_dtype, aligned=aligned, many=many)
         for dtype in dtypes
         for sum_dtype in sorted({dtype, "f32"})
-        for aligned in ((True, False) if target in SHARED_LIMITS else (True,))
-    )
+        for aligned, many in ((True, True), (True, False), (False, False))
+    ]
+    return tuple(dict.fromkeys(chosen))
 
 
 def shipped(target: str) -> Tuple[AnyVariant, ...]:

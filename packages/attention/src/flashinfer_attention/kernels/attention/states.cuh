@@ -1,16 +1,21 @@
 // Merge attention states of the same rows: o = sum_s exp(lse_s - lse) o_s, lse = log sum_s exp(lse_s).
 //
-// Nothing but bandwidth counts. A thread has kElements neighbouring columns of a row, 16 bytes of each state, and asks
-// for kAhead states before it needs the first; threads lie along a row, then along the next.
+// Bandwidth counts, so each thread has few instructions a byte: two vectors of a row, up to 16 bytes each, of every
+// state, and the loads of 1 + kAhead states under way before it needs the first. Threads lie along a row, then along
+// the next.
 #pragma once
 
 #include "attention/states_params.h"
+#include "core/copy.cuh"
 #include "core/math.cuh"
 
 namespace flashinfer {
 namespace attention {
 
 constexpr int kStateThreads = 256;
+
+// Vectors of a row that a thread has, so that as much is under way for two states as for many.
+__device__ constexpr int vectors_of(int ahead) { return ahead == 1 ? 2 : 1; }
 
 template <bool kFirst, typename A, typename B>
 struct Choose {
@@ -40,6 +45,21 @@ struct alignas(sizeof(T) * kElements < 16 ? sizeof(T) * kElements : 16) Columns 
   }
 };
 
+// Read columns that nobody reads again.
+template <typename T, int kElements>
+__device__ Columns<T, kElements> load_columns(const T* from) {
+  Columns<T, kElements> columns;
+  if constexpr (sizeof(columns) % 16 == 0) {
+    auto* vectors = reinterpret_cast<Vector16*>(&columns);
+    for (int i = 0; i < static_cast<int>(sizeof(columns) / 16); ++i) {
+      vectors[i] = load_once(reinterpret_cast<const Vector16*>(from) + i);
+    }
+  } else {
+    columns = *reinterpret_cast<const Columns<T, kElements>*>(from);
+  }
+  return columns;
+}
+
 // Round to T and store.
 template <typename T, int kElements>
 __device__ void store_columns(T* to, const float (&x)[kElements]) {
@@ -56,118 +76,147 @@ __device__ void store_columns(T* to, const float (&x)[kElements]) {
   *reinterpret_cast<Columns<T, kElements>*>(to) = columns;
 }
 
-// The states of one row from `o` and `lse` on, of which this thread has `kElements` columns.
-template <typename T, int kElements>
-struct RowStates {
-  const T* o;
-  const float* lse;
-  int64_t o_stride;
-  int64_t lse_stride;
+// Which vectors of a row a thread has: `column` and, where it exists, `apart` columns after it.
+struct Share {
+  int32_t column;
+  int32_t apart;
+  bool has_second;
 
-  __device__ RowStates(const StatesParams& p, const StateRows& rows, int64_t token, int32_t head, int32_t column)
-      : o_stride(rows.o_stride_state), lse_stride(rows.lse_stride_state) {
-    const int64_t state = p.indptr != nullptr ? p.indptr[token] : 0;
-    o = static_cast<const T*>(rows.o) + token * rows.o_stride_token + state * o_stride + head * rows.o_stride_head +
-        column;
-    lse = rows.lse + token * rows.lse_stride_token + state * lse_stride + head * rows.lse_stride_head;
-  }
+  __device__ bool has(int vector) const { return vector == 0 || has_second; }
 };
 
 // Some states of a row, on their way from memory. Those that do not exist are units.
-template <typename T, int kElements, int kCount>
+template <typename T, int kElements, int kVectors, int kCount>
 struct Loaded {
-  Columns<T, kElements> o[kCount];
+  Columns<T, kElements> o[kCount][kVectors];
   float lse[kCount];
 
-  __device__ Loaded(const RowStates<T, kElements>& row, int32_t begin, int32_t end) {
+  // States `begin` to `end` - 1 of those that begin at `from` and `from_lse`.
+  __device__ Loaded(const StateRows& rows, const T* from, const float* from_lse, const Share& share, int32_t begin,
+                    int32_t end) {
+    from += begin * rows.o_stride_state;
+    from_lse += begin * rows.lse_stride_state;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      o[i] = {};
       lse[i] = negative_infinity();
       if (begin + i < end) {
-        o[i] = *reinterpret_cast<const Columns<T, kElements>*>(row.o + (begin + i) * row.o_stride);
-        lse[i] = row.lse[(begin + i) * row.lse_stride];
+        lse[i] = *from_lse;
+#pragma unroll
+        for (int vector = 0; vector < kVectors; ++vector) {
+          if (share.has(vector)) o[i][vector] = load_columns<T, kElements>(from + vector * share.apart);
+        }
       }
+      from += rows.o_stride_state;
+      from_lse += rows.lse_stride_state;
     }
   }
 };
 
 // What has been merged: o = columns / sum, lse = max + log(sum).
-template <int kElements>
+template <int kElements, int kVectors>
 struct StateSum {
-  float columns[kElements] = {};
+  float columns[kVectors][kElements] = {};
   float max = negative_infinity();
   float sum = 0.0f;
+  float to_log2;
 
-  // A state of weight 0 does not count, whatever its o holds; a NaN in an lse stays one.
+  __device__ explicit StateSum(float scale) : to_log2(scale) {}
+
+  // What logarithms are taken from: a difference of two infinities would be NaN.
+  __device__ float base() const { return max == negative_infinity() ? 0.0f : max; }
+
+  __device__ void scale(float factor) {
+    sum *= factor;
+#pragma unroll
+    for (auto& vector : columns) {
+#pragma unroll
+      for (float& x : vector) x *= factor;
+    }
+  }
+
   template <typename T, int kCount>
-  __device__ void add(const Loaded<T, kElements, kCount>& states, float to_log2) {
-    float larger = max;
+  __device__ void raise(const Loaded<T, kElements, kVectors, kCount>& states) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) larger = fmaxf(larger, states.lse[i]);
-    const float shift = larger == negative_infinity() ? 0.0f : larger;
-    const float scale = exp2_approx((max - shift) * to_log2);
-    max = larger;
-    sum *= scale;
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) columns[j] *= scale;
+    for (float lse : states.lse) max = fmaxf(max, lse);
+  }
+
+  // Add states that `max` counts already. A state of weight 0 does not count, whatever its o holds; a NaN stays one.
+  template <typename T, int kCount>
+  __device__ void add(const Loaded<T, kElements, kVectors, kCount>& states) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float weight = exp2_approx((states.lse[i] - shift) * to_log2);
+      const float weight = exp2_approx((states.lse[i] - base()) * to_log2);
+      if (weight == 0.0f) continue;
       sum += weight;
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) {
-        columns[j] += weight == 0.0f ? 0.0f : weight * states.o[i].column(j);
+      for (int vector = 0; vector < kVectors; ++vector) {
+#pragma unroll
+        for (int j = 0; j < kElements; ++j) columns[vector][j] += weight * states.o[i][vector].column(j);
       }
     }
   }
 
-  __device__ float lse(float to_log2) const {
-    return max == negative_infinity() ? max + sum : max + log2_approx(sum) / to_log2;
-  }
+  __device__ float lse() const { return max == negative_infinity() ? max + sum : max + log2_approx(sum) / to_log2; }
 };
 
-// One thread's columns of one row: merge them, leave o, return lse.
+// One thread's share of one row: merge, leave o, return lse.
 template <typename TSum, typename T, int kElements, int kAhead>
-__device__ float merge_columns(const StatesParams& p, int64_t token, int32_t head, int32_t column) {
-  const RowStates<TSum, kElements> first(p, p.first, token, head, column);
-  const RowStates<T, kElements> others(p, p.others, token, head, column);
-  const int32_t states = p.indptr != nullptr ? p.indptr[token + 1] - p.indptr[token] : p.states;
-  StateSum<kElements> total;
-  const Loaded<TSum, kElements, 1> one(first, 0, states);
-  const Loaded<T, kElements, kAhead> more(others, 0, states - 1);
-  total.add(one, p.to_log2);
-  total.add(more, p.to_log2);
+__device__ float merge_share(const StatesParams& p, int64_t token, int32_t head, const Share& share) {
+  constexpr int kVectors = vectors_of(kAhead);
+  const int64_t start = p.indptr != nullptr ? p.indptr[token] : 0;
+  const int32_t states = p.indptr != nullptr ? static_cast<int32_t>(p.indptr[token + 1] - start) : p.states;
+  const auto* first = static_cast<const TSum*>(p.first.o) + token * p.first.o_stride_token +
+                      start * p.first.o_stride_state + head * p.first.o_stride_head + share.column;
+  const float* first_lse = p.first.lse + token * p.first.lse_stride_token + start * p.first.lse_stride_state +
+                           head * p.first.lse_stride_head;
+  const auto* others = static_cast<const T*>(p.others.o) + token * p.others.o_stride_token +
+                       start * p.others.o_stride_state + head * p.others.o_stride_head + share.column;
+  const float* others_lse = p.others.lse + token * p.others.lse_stride_token + start * p.others.lse_stride_state +
+                            head * p.others.lse_stride_head;
+  const Loaded<TSum, kElements, kVectors, 1> one(p.first, first, first_lse, share, 0, states);
+  const Loaded<T, kElements, kVectors, kAhead> more(p.others, others, others_lse, share, 0, states - 1);
+  StateSum<kElements, kVectors> total(p.to_log2);
+  total.raise(one);
+  total.raise(more);
+  total.add(one);
+  total.add(more);
   for (int32_t s = kAhead; s < states - 1; s += kAhead) {
-    total.add(Loaded<T, kElements, kAhead>(others, s, states - 1), p.to_log2);
+    const Loaded<T, kElements, kVectors, kAhead> next(p.others, others, others_lse, share, s, states - 1);
+    const float before = total.max;
+    total.raise(next);
+    total.scale(exp2_approx((before - total.base()) * p.to_log2));
+    total.add(next);
   }
-  const float scale = total.sum == 0.0f ? 0.0f : 1.0f / total.sum;
+  const float lse = total.lse();
+  total.scale(total.sum == 0.0f ? 0.0f : 1.0f / total.sum);
+  TSum* o = static_cast<TSum*>(p.o) + token * p.o_stride_token + head * p.o_stride_head + share.column;
 #pragma unroll
-  for (int j = 0; j < kElements; ++j) total.columns[j] *= scale;
-  TSum* o = static_cast<TSum*>(p.o) + token * p.o_stride_token + head * p.o_stride_head + column;
-  store_columns(o, total.columns);
-  return total.lse(p.to_log2);
+  for (int vector = 0; vector < kVectors; ++vector) {
+    if (share.has(vector)) store_columns(o + vector * share.apart, total.columns[vector]);
+  }
+  return lse;
 }
 
 // Grid: any number of CTAs. TSum is the type of the first state and of the result, T that of the other states; their
-// addresses and strides are multiples of kElements.
+// addresses and strides are multiples of kElements. A row has at most kStateThreads * vectors_of(kAhead) vectors.
 template <typename TSum, typename T, int kElements, int kAhead>
-__global__ void __launch_bounds__(kStateThreads, 4) merge_states(const __grid_constant__ StatesParams p) {
+__global__ void __launch_bounds__(kStateThreads) merge_states(const __grid_constant__ StatesParams p) {
+  constexpr int kVectors = vectors_of(kAhead);
   const int32_t vectors = p.head_dim / kElements;
-  const int32_t lanes = vectors < kStateThreads ? vectors : kStateThreads;
+  const int32_t lanes = (vectors + kVectors - 1) / kVectors;
   const int32_t rows_at_once = kStateThreads / lanes;
   const int32_t lane = threadIdx.x % lanes;
+  const Share share = {lane * kElements, lanes * kElements, lane + lanes < vectors};
   const int64_t rows = p.tokens * p.heads;
   const int64_t step = static_cast<int64_t>(gridDim.x) * rows_at_once;
   for (int64_t begin = static_cast<int64_t>(blockIdx.x) * rows_at_once; begin < rows; begin += step) {
     const int64_t row = begin + threadIdx.x / lanes;
-    const int64_t token = row / p.heads;
+    // Dividing 64 bits takes as long as the rest of the row.
+    const int64_t token = row >> 31 == 0 ? static_cast<uint32_t>(row) / static_cast<uint32_t>(p.heads) : row / p.heads;
     const int32_t head = static_cast<int32_t>(row - token * p.heads);
     const bool merges = threadIdx.x / lanes < rows_at_once && row < rows && (p.mask == nullptr || p.mask[token] != 0);
     float lse = 0.0f;
-    for (int32_t vector = lane; vector < vectors && merges; vector += lanes) {
-      lse = merge_columns<TSum, T, kElements, kAhead>(p, token, head, vector * kElements);
-    }
+    if (merges) lse = merge_share<TSum, T, kElements, kAhead>(p, token, head, share);
     if (p.in_place) __syncthreads();
     if (merges && lane == 0) p.lse[token * p.lse_stride_token + head * p.lse_stride_head] = lse;
   }
