@@ -5,6 +5,7 @@ The names of FlashInfer are in `decode` and `prefill`; their lse is in base 2.
 """
 
 from flashinfer_attention.attention import Plan, Workspace, attention, plan_attention, single, workspace_bytes
+from flashinfer_attention.chunked import ChunkedAttention, chunked_attention
 from flashinfer_attention.decode import (
     BatchDecodeWithPagedKVCacheWrapper,
     CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
@@ -28,12 +29,14 @@ __all__ = [
     "BatchPrefillWithRaggedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "CascadePlan",
+    "ChunkedAttention",
     "Plan",
     "PrefixTree",
     "Workspace",
     "__version__",
     "attention",
     "cascade_attention",
+    "chunked_attention",
     "merge_ragged_states",
     "merge_state",
     "merge_state_in_place",
