@@ -27,6 +27,11 @@ def request(
     return q, k, v
 
 
+def pieces_of(k: torch.Tensor, v: torch.Tensor, sizes: Sequence[int]) -> List[Tuple[torch.Tensor, torch.Tensor]]:
+    ends = indptr_of(sizes).tolist()
+    return [(k[begin:end], v[begin:end]) for begin, end in zip(ends, ends[1:])]
+
+
 def check(got: Any, want: Any, dtype: torch.dtype) -> None:
     reference.assert_close(got[0].cpu(), want[0], dtype)
     reference.assert_lse_close(got[1].cpu(), want[1])
@@ -39,7 +44,7 @@ def check(got: Any, want: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("q_len", [1, 40, 300])
 def test_pieces_of_any_size(device: str, sizes: List[int], q_len: int, causal: bool) -> None:
     q, k, v = request(q_len, 300, torch.float16, device)
-    got = chunked_attention(q, zip(k.split(sizes), v.split(sizes)), num_kv_heads=KV_HEADS, causal=causal, kv_len=300)
+    got = chunked_attention(q, pieces_of(k, v, sizes), num_kv_heads=KV_HEADS, causal=causal, kv_len=300)
     check(got, reference.attention(q.cpu(), k.cpu(), v.cpu(), causal=causal), torch.float16)
     direct = single(q, k, v, causal=causal)
     torch.testing.assert_close(got[0].float(), direct[0].float(), rtol=2.0**-9, atol=2.0**-9)
@@ -49,7 +54,7 @@ def test_pieces_of_any_size(device: str, sizes: List[int], q_len: int, causal: b
 @MASKS
 def test_many_small_pieces_keep_fp32(device: str, causal: bool) -> None:
     q, k, v = request(8, 2000, torch.bfloat16, device)
-    got = chunked_attention(q, zip(k.split(25), v.split(25)), num_kv_heads=KV_HEADS, causal=causal, kv_len=2000)
+    got = chunked_attention(q, pieces_of(k, v, [25] * 80), num_kv_heads=KV_HEADS, causal=causal, kv_len=2000)
     check(got, reference.attention(q.cpu(), k.cpu(), v.cpu(), causal=causal), torch.bfloat16)
 
 
@@ -69,8 +74,8 @@ def check_batch(q_lens: Sequence[int], pieces: Sequence[Sequence[int]], causal: 
         )
         chunked.add(k, v, kv_indptr=indptr_of(piece))
         done = [begin + keys for begin, keys in zip(done, piece)]
-    k, v = ([one[part].cpu() for one in requests] for part in (1, 2))
-    want = reference.ragged(q.cpu(), indptr_of(q_lens).tolist(), k, v, causal=causal)
+    keys, values = ([one[part].cpu() for one in requests] for part in (1, 2))
+    want = reference.ragged(q.cpu(), indptr_of(q_lens).tolist(), keys, values, causal=causal)
     check(chunked.result(), want, dtype)
 
 
@@ -104,7 +109,7 @@ def test_the_result_so_far(device: str) -> None:
 def test_small_workspaces(device: str) -> None:
     q, k, v = request(1, 5000, torch.float16, device)
     room = torch.empty(5000, dtype=torch.uint8, device=device)
-    got = chunked_attention(q, zip(k.split(1700), v.split(1700)), num_kv_heads=KV_HEADS, workspace=room)
+    got = chunked_attention(q, pieces_of(k, v, [1700, 1700, 1600]), num_kv_heads=KV_HEADS, workspace=room)
     check(got, reference.attention(q.cpu(), k.cpu(), v.cpu()), torch.float16)
 
 
