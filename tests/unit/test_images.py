@@ -50,6 +50,17 @@ def test_short_file_is_noticed(cut: int) -> None:
         Image.from_bytes(SAMPLE.to_bytes()[:cut])
 
 
+def test_machine_code_is_deflated_and_nothing_else_is_taken_for_it() -> None:
+    repeated = dataclasses.replace(SAMPLE, payload=b"code" * 1000)
+    assert len(repeated.to_bytes()) < len(SAMPLE.to_bytes()) + 100
+    assert Image.from_bytes(repeated.to_bytes()) == repeated
+    header = json.loads(SAMPLE.to_bytes().partition(b"\n")[0])
+    del header["sha256"]
+    as_it_is = images._line({**header, "sha256": images._checksum(header, b"code")}) + b"code"
+    with pytest.raises(CorruptImageError, match="not deflated"):
+        Image.from_bytes(as_it_is)
+
+
 def _with(**changes: object) -> bytes:
     """Write SAMPLE with other header fields and the checksum that fits them."""
     line, _, payload = SAMPLE.to_bytes().partition(b"\n")

@@ -23,6 +23,7 @@ import functools
 import hashlib
 import json
 import logging
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -32,7 +33,7 @@ from flashinfer_core.errors import CorruptImageError, InstallationError, Missing
 from flashinfer_core.targets import target_named
 from flashinfer_core.variant import Variant
 
-FORMAT = 2
+FORMAT = 3
 _TEXTS = ("name", "expression", "target", "entry", "key", "sources", "compiler")
 _COUNTS = ("registers", "spill_bytes", "shared_bytes")
 _LOG = logging.getLogger("flashinfer")
@@ -57,15 +58,19 @@ class Image:
     payload: bytes
 
     def to_bytes(self) -> bytes:
-        """Write a JSON line that describes the payload, then the payload. Its `sha256` is of all that follows here."""
+        """Write a JSON line that describes the payload, then the payload, deflated: machine code has much that repeats.
+
+        `sha256` is of all else that is written.
+        """
         names = (field.name for field in dataclasses.fields(self) if field.name != "payload")
         header = {"flashinfer_image": FORMAT, **{name: getattr(self, name) for name in names}}
-        return _line({**header, "sha256": _checksum(header, self.payload)}) + self.payload
+        stored = zlib.compress(self.payload, 9)
+        return _line({**header, "sha256": _checksum(header, stored)}) + stored
 
     @staticmethod
     def from_bytes(data: bytes) -> Image:
         """Read what `to_bytes` wrote; raise CorruptImageError where a byte is missing or wrong."""
-        line, _, payload = data.partition(b"\n")
+        line, _, stored = data.partition(b"\n")
         try:
             header = json.loads(line)
             written, checksum = header["flashinfer_image"], header.pop("sha256", None)
@@ -73,12 +78,16 @@ class Image:
             raise CorruptImageError(f"not an image file: {error}") from None
         if written != FORMAT:
             raise CorruptImageError(f"image format {written!r}, expected {FORMAT}")
-        if checksum != _checksum(header, payload):
-            raise CorruptImageError(f"the checksum over header and payload ({len(payload)} bytes) is another")
+        if checksum != _checksum(header, stored):
+            raise CorruptImageError(f"the checksum over header and payload ({len(stored)} bytes) is another")
         del header["flashinfer_image"]
         if set(header) != {field.name for field in dataclasses.fields(Image)} - {"payload"}:
             raise CorruptImageError(f"the header has the fields {', '.join(sorted(header))}")
         _check_types(header)
+        try:
+            payload = zlib.decompress(stored)
+        except zlib.error as error:
+            raise CorruptImageError(f"the payload is not deflated: {error}") from None
         return Image(payload=payload, **{**header, "flags": tuple(header["flags"])})
 
 
