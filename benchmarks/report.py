@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional, Sequence
@@ -11,6 +10,7 @@ from typing import List, Optional, Sequence
 import torch
 
 import flashinfer
+from ci.commit import commit
 
 
 @dataclass
@@ -40,20 +40,6 @@ def _cell(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
-
-
-HERE = Path(__file__).resolve().parent
-
-
-def commit(folder: Path = HERE) -> str:
-    """Return the commit of the checkout that `folder` is in, with a plus where files differ; empty outside of one."""
-    git = ["git", "-C", str(folder)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    except OSError:  # no git
-        return ""
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else ""
 
 
 def write_report(device: str, command: str, tables: Sequence[Table], path: Optional[Path]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
 from ci import compiled, cubin
+from ci.commit import commit
 from ci.occupancy import CHIPS, ctas_of_sm
 
 if TYPE_CHECKING:
@@ -131,12 +132,12 @@ def _kib(count: int) -> str:
     return f"{count / 1024:.1f}".rstrip("0").rstrip(".")
 
 
-def report(uses: Sequence[Use], compiler: str, date: str) -> str:
+def report(uses: Sequence[Use], source: str, date: str) -> str:
     """Return all tables as one Markdown page."""
     lines = [
         "# What the GPU images take",
         "",
-        f"{date}, {compiler}. Regenerate: `nox -s images -- --write docs/benchmarks/images.md`; no GPU is needed.",
+        f"{date}, {source}. Regenerate: `nox -s images -- --write docs/benchmarks/images.md`; no GPU is needed.",
         "",
         "Registers, and bytes of spills and stack, are of a thread. Shared memory, static and dynamic, is of a CTA,",
         "next to what one CTA may have at most. CTAs of an SM: as many as its warps, registers and shared memory hold.",
@@ -158,7 +159,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     uses = measure(options.target.split(","), nvrtc)
     from flashinfer_core.nvrtc import find
 
-    page = report(uses, find(nvrtc).identity, datetime.date.today().isoformat())
+    source = f"commit {commit() or 'unknown'}, {find(nvrtc).identity}"
+    page = report(uses, source, datetime.date.today().isoformat())
     print(page)
     if options.write:
         options.write.write_text(page)

@@ -9,6 +9,7 @@ import pytest
 
 import flashinfer
 from benchmarks import report
+from ci.commit import commit
 
 
 @pytest.fixture
@@ -23,9 +24,9 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_the_commit_and_whether_files_differ_from_it(checkout: Path) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout
-    assert report.commit(checkout) == head[:12]
+    assert commit(checkout) == head[:12]
     (checkout / "file").write_text("2")
-    assert report.commit(checkout) == head[:12] + "+"
+    assert commit(checkout) == head[:12] + "+"
 
 
 @pytest.mark.parametrize(("commit", "said"), [("abc", "commit abc"), ("", f"version {flashinfer.__version__}")])
@@ -43,6 +44,6 @@ def test_a_report_says_what_was_measured(
 
 def test_outside_of_a_checkout_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert report.commit(tmp_path) == ""
+    assert commit(tmp_path) == ""
     monkeypatch.setenv("PATH", "/nowhere")
-    assert report.commit(tmp_path) == ""
+    assert commit(tmp_path) == ""
