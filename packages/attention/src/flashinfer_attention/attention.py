@@ -28,6 +28,7 @@ from flashinfer_attention.checks import (
     make_problem,
 )
 from flashinfer_attention.launch import Kernels, allocate_partial, load_kernels, stream_of, structures
+from flashinfer_attention.ops import is_compiling, traced_attention, traced_single
 from flashinfer_attention.options import NEUTRAL, Options, Scale
 from flashinfer_attention.plan import Plan, plan_attention
 from flashinfer_attention.support import FP8_ELEMENTS
@@ -36,6 +37,8 @@ from flashinfer_core import planner
 from flashinfer_core.tensors import KeyValue, check_tensor, key_value
 
 __all__ = ["Plan", "Workspace", "attention", "plan_attention", "run_single", "single", "workspace_bytes"]
+
+_NO_TENSORS = (None,) * 6
 
 
 def attention(
@@ -75,12 +78,29 @@ def attention(
     """
     scalars = (sm_scale, logits_soft_cap, alibi, rope, rope_scale, rope_theta)
     tensors = (sinks, q_scale, k_scale, v_scale, mask, mask_indptr)
+    if is_compiling():
+        return traced_attention(q, k, v, plan.number, page_table, scalars, tensors, out, lse)
+    return run(q, k, v, plan, page_table, scalars, tensors, out, lse)
+
+
+def run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    page_table: Optional[torch.Tensor],
+    scalars: Tuple[Any, ...],
+    tensors: Tuple[Any, ...],
+    out: Optional[torch.Tensor] = None,
+    lse: Optional[torch.Tensor] = None,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Run a call that the plan has accepted before, or check it first; scalars and tensors: `Options`, in its order."""
     call = signature = None
     try:
         signature = (
             (q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride()),
             (v.dtype, v.device, signature_of(page_table), signature_of(out), signature_of(lse), scalars),
-            tuple(map(baked_signature_of, tensors)),
+            None if tensors == _NO_TENSORS else tuple(map(baked_signature_of, tensors)),
         )
         call = plan.calls.get(signature)
     except (AttributeError, TypeError):  # what is no tensor or no number; `accept` names it
@@ -123,20 +143,12 @@ def single(
     capture even the first call of a process; partial results are allocated in the call, by torch.
     Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError.
     """
+    scalars = (sm_scale, logits_soft_cap, alibi, rope, rope_scale, rope_theta)
+    tensors = (sinks, q_scale, k_scale, v_scale, mask)
+    if is_compiling():
+        return traced_single(q, k, v, causal, window_left, scalars, tensors, out, lse)
     kv = key_value(k, v, paged=False)
-    options = Options(
-        sm_scale=sm_scale,
-        logits_soft_cap=logits_soft_cap,
-        alibi=alibi,
-        rope=rope,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-        sinks=sinks,
-        q_scale=q_scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        mask=mask,
-    )
+    options = Options(*scalars, *tensors)
     both = run_single(q, kv, options, causal=causal, window_left=window_left, out=out, lse=lse, wants_lse=True)
     return _both(both)
 

@@ -23,6 +23,7 @@ from flashinfer_attention.launch import (
     structures,
 )
 from flashinfer_attention.lengths import Lengths, host_lengths
+from flashinfer_attention.ops import number_for
 from flashinfer_attention.workspace import Frozen, Workspace
 from flashinfer_core import planner
 from flashinfer_core.errors import InvalidArgumentError
@@ -56,6 +57,10 @@ class Plan:
     generation: int  # of `work`
     partial: Partial
     calls: Dict[Any, Any] = field(default_factory=dict)  # accepted ones of the native operator, see call.py
+    number: int = field(init=False)  # under which compiled graphs find it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "number", number_for(self))
 
     @property
     def tokens(self) -> int:

@@ -14,6 +14,7 @@ from flashinfer_attention.call import signature_of
 from flashinfer_attention.checks import make_problem
 from flashinfer_attention.compat import DataType, Scalars, check_backend, data_types, options_of, refuse_variants
 from flashinfer_attention.lengths import host_lengths
+from flashinfer_attention.ops import is_compiling, traced_run
 from flashinfer_attention.plan import plan_lengths
 from flashinfer_attention.wrapper import Output, Wrapper, graph_buffer, with_mask
 from flashinfer_core.errors import InvalidArgumentError
@@ -124,6 +125,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         [rows of q, num_qo_heads], base 2.
         Raises InvalidArgumentError, InvalidTypeError, UnsupportedOptionError.
         """
+        if is_compiling():
+            refuse_variants("*args", args)
+            return cast(Output, traced_run(self._number, q, (k, v), (None, None, None), out, lse, return_lse))
         signature = found = None
         try:
             signature = (
@@ -140,6 +144,13 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         refuse_variants("*args", args)
         kv = key_value(k, v, paged=False, kv_layout=self._kv_layout)
         return self._run(q, kv, None, self._options, signature, out, lse, return_lse)
+
+    def _run_traced(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _scales: Any, wants_lse: bool
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Run from a compiled graph."""
+        both = self.run(q, k, v, return_lse=wants_lse)
+        return both if isinstance(both, tuple) else (both, None)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
 

@@ -12,6 +12,7 @@ from flashinfer_attention.checks import Problem, check_problem, refuse_capture
 from flashinfer_attention.compat import LOG2_E, DataType, Scalars, options_of, refuse_variants
 from flashinfer_attention.lengths import Lengths, Queries, paged_lengths
 from flashinfer_attention.masks import Mask, MaskBuffers, batch_mask
+from flashinfer_attention.ops import is_compiling, number_for, traced_run
 from flashinfer_attention.options import NEUTRAL, Options, Scale
 from flashinfer_attention.plan import Plan, plan_lengths
 from flashinfer_attention.workspace import Workspace
@@ -54,6 +55,7 @@ class Wrapper:
         self._window_left = -1
         self._last_forward: Optional[Tuple[Any, ...]] = None
         self._calls: Dict[Signature, Tuple[Call, int]] = {}  # and how far behind keys values lie
+        self._number = number_for(self)
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -293,6 +295,9 @@ class PagedWrapper(Wrapper):
         lse: Optional[torch.Tensor],
         return_lse: bool,
     ) -> Output:
+        if is_compiling():
+            refuse_variants("*args", arguments)
+            return cast(Output, traced_run(self._number, q, cache, scales, out, lse, return_lse))
         signature = found = None
         keys: Any = cache
         values: Any = None
@@ -323,6 +328,13 @@ class PagedWrapper(Wrapper):
             options = replace(options, q_scale=scales[0], k_scale=scales[1], v_scale=scales[2])
         kv = paged_key_value(cache, self._kv_layout, alike=False)
         return self._run(q, kv, self._page_table, options, signature, out, lse, return_lse)
+
+    def _run_traced(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: Scales, wants_lse: bool
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Run from a compiled graph."""
+        both = self._run_pages(q, (k, v), (), scales, None, None, wants_lse)
+        return both if isinstance(both, tuple) else (both, None)
 
 
 def with_mask(options: Options, mask: Optional[Mask]) -> Options:
