@@ -1,13 +1,16 @@
 // Attention of a tile of packed rows of one KV head in bf16, as two products of AMX tiles.
 //
 // Both results are kept transposed: S^T = K Q^T takes keys as they lie in memory, and P, rounded to bf16, is then the
-// right-hand side of O^T = V^T P^T once two keys' probabilities are put side by side. What has to be transposed is V.
+// right operand of O^T = V^T P^T once two keys' probabilities are put side by side. What has to be transposed is V.
+//
+// The floor, for 32 keys x 32 rows x 128 dimensions: 2 x 16 tile products of 16 cycles, 512, and 64 vectors of scores,
+// each some 14 instructions on two ports, 448.
 #pragma once
 
+#include "attention/cpu_fetch.h"
+#include "attention/cpu_pack_amx.h"
 #include "attention/cpu_rope.h"
 #include "attention/cpu_scores.h"
-#include "core/amx.h"
-#include "core/avx512.h"
 
 namespace flashinfer {
 namespace attention {
@@ -27,10 +30,12 @@ class AmxTile {
 
   void run(const WorkItem& item) {
     start(item);
-    locate(item, item.kv_begin);
+    next_.locate(p_, item, item.kv_begin, 1);
+    // Fetched beside the probabilities of 32 keys and 16 rows.
+    const int32_t turns = ceil_div(rows_, kBlock) * (kKeys / kDepth);
     for (begin_ = item.kv_begin; begin_ < item.kv_end; begin_ += kKeys) {
-      keys_ = next_;
-      locate(item, begin_ + kKeys);
+      keys_ = next_.rows;
+      next_.locate(p_, item, begin_ + kKeys, turns);
       pack_keys();
       pack_values();
       for (int32_t row = 0; row < rows_; row += kPanel) {
@@ -68,21 +73,19 @@ class AmxTile {
   alignas(64) float sum_[kRows];
   RowLanes lanes_[kRows / kBlock];
   RowKeys<kRows> seen_;
-  KeyRows<kKeys> keys_, next_;  // of this tile, and of the one that is being fetched
+  KeyRows<kKeys> keys_;
+  NextKeys<TKv, kKeys> next_;
   const TKv* k_from_;
   const TKv* v_from_;
   uint32_t sign_;  // of the scores' factor, for two elements of q
   float scale_;
-  int32_t fetched_;     // keys of next_
-  int32_t fetch_step_;  // keys that are fetched beside the probabilities of 32 keys and 16 rows
-  int32_t begin_;       // first key of the tile
+  int32_t begin_;  // first key of the tile
   int32_t rows_;
 
   // Rows that only fill up blocks repeat the last one; dimensions are zero.
   void start(const WorkItem& item) {
     rows_ = smaller(kRows, item.q_len * p_.group - item.row_begin);
     set_scale(score_scale(p_, item.kv_head));
-    fetch_step_ = ceil_div(kBlock * kDepth, rows_);
     k_from_ = static_cast<const TKv*>(p_.k) + item.kv_head * p_.k_stride_head;
     v_from_ = static_cast<const TKv*>(p_.v) + item.kv_head * p_.v_stride_head;
     for (int32_t row = 0; row < round_up(rows_, kPanel); row += kBlock) {
@@ -114,20 +117,7 @@ class AmxTile {
       maximum_[row + i] = -kInfinity;
       sum_[row + i] = 0;
     }
-    pack_queries(from, q_ + row * padded_dim_);
-  }
-
-  // 16 rows as a right-hand side: pairs of elements of all rows side by side.
-  void pack_queries(const bf16* const* rows, bf16* to) const {
-    for (int32_t d = 0; d < p_.head_dim; d += 8) {
-      simd::Bytes x[4];
-      for (int32_t i = 0; i < 4; ++i)
-        x[i] = simd::join(rows[i] + d, rows[4 + i] + d, rows[8 + i] + d, rows[12 + i] + d);
-      simd::transpose_parts<uint32_t>(x);
-      for (int32_t i = 0; i < 4; ++i)
-        simd::store_bytes(to + d * kBlock + i * kDepth, (simd::Bytes)((simd::Words)x[i] ^ sign_));
-    }
-    for (int32_t d = p_.head_dim; d < padded_dim_; d += 2) simd::store_bytes(to + d * kBlock, simd::Bytes{});
+    pack_right(from, p_.head_dim, padded_dim_, sign_, q_ + row * padded_dim_);
   }
 
   // A row rotated, where that is asked for, and rounded; up to a whole product it is zero.
@@ -138,21 +128,6 @@ class AmxTile {
     for (int32_t d = p_.head_dim; d < padded_dim_; ++d) row[d] = 0;
     if (rotation_.active()) rotation_.turn(row);
     simd::round_row(to, row, padded_dim_);
-  }
-
-  void locate(const WorkItem& item, int32_t begin) {
-    next_.locate(p_, item.kv_start, begin, begin < item.kv_end ? smaller(begin + kKeys, item.kv_end) : begin);
-    fetched_ = 0;
-  }
-
-  // Rows of one head lie too far apart for the hardware to foresee, and crowd into few sets of the caches.
-  void fetch() {
-    constexpr int32_t kLine = 64 / sizeof(TKv);
-    const int32_t end = smaller(fetched_ + fetch_step_, next_.count);
-    for (; fetched_ < end; ++fetched_) {
-      for (int32_t d = 0; d < p_.head_dim; d += kLine) __builtin_prefetch(k_from_ + next_.k[fetched_] + d, 0, 2);
-      for (int32_t d = 0; d < p_.head_dim_vo; d += kLine) __builtin_prefetch(v_from_ + next_.v[fetched_] + d, 0, 2);
-    }
   }
 
   void pack_keys() {
@@ -185,14 +160,7 @@ class AmxTile {
         const bool seen = key + i >= begin && key + i < keys_.count;
         rows[i] = seen ? value_row(v_from_ + keys_.v[key + i], rounded[i]) : kZeros;
       }
-      for (int32_t d = 0; d < p_.head_dim_vo; d += 8) {
-        simd::Bytes x[8];
-        for (int32_t i = 0; i < 8; ++i)
-          x[i] = simd::join(rows[i] + d, rows[8 + i] + d, rows[16 + i] + d, rows[24 + i] + d);
-        simd::transpose_parts<uint16_t>(x);
-        bf16* to = v_ + (d / kBlock * kKeys + key) * kBlock + d % kBlock * kDepth;
-        for (int32_t i = 0; i < 8; ++i) simd::store_bytes(to + i * kDepth, x[i]);
-      }
+      pack_left_transposed(rows, p_.head_dim_vo, v_ + key * kBlock, kKeys * kBlock);
     }
   }
 
@@ -275,7 +243,7 @@ class AmxTile {
     const int32_t padded = round_up(scores.count, kDepth);
     for (int32_t i = scores.count; i < padded; ++i) simd::store(scores.s + i * kPanel, simd::splat(-kInfinity));
     for (int32_t i = 0; i < padded; i += 2) {
-      if (i % kDepth == 0) fetch();
+      if (i % kDepth == 0) next_.fetch();
       const Floats even = simd::exp2(simd::fma(simd::load(scores.s + i * kPanel), factor, -base));
       const Floats odd = simd::exp2(simd::fma(simd::load(scores.s + (i + 1) * kPanel), factor, -base));
       simd::store_bytes(to + i * kPanel, simd::pair_bf16(even, odd));
@@ -320,25 +288,10 @@ class AmxTile {
   void finish(const WorkItem& item) {
     alignas(64) float rows[kBlock][kMaxHeadDim];
     for (int32_t row = 0; row < rows_; row += kBlock) {
-      unpack_output(o_ + row * padded_dim_vo_, rows);
+      unpack_transposed(o_ + row * padded_dim_vo_, padded_dim_vo_, rows);
       for (int32_t i = 0; i < smaller(kBlock, rows_ - row); ++i) {
         const QueryRow at(item, item.row_begin + row + i, p_.group);
         write_row<bf16>(p_, item, row + i, at, rows[i], maximum_[row + i], sum_[row + i]);
-      }
-    }
-  }
-
-  // 16 rows of O from O^T, [head_dim_vo, 16 rows].
-  void unpack_output(const float* o, float (*rows)[kMaxHeadDim]) const {
-    for (int32_t d = 0; d < padded_dim_vo_; d += kBlock, o += kBlockFloats) {
-      for (int32_t row = 0; row < kBlock; row += 4) {
-        simd::Bytes x[4];
-        for (int32_t i = 0; i < 4; ++i) {
-          const float* from = o + i * kBlock + row;
-          x[i] = simd::join(from, from + 4 * kBlock, from + 8 * kBlock, from + 12 * kBlock);
-        }
-        simd::transpose_parts<uint32_t>(x);
-        for (int32_t i = 0; i < 4; ++i) simd::store_bytes(rows[row + i] + d, x[i]);
       }
     }
   }
