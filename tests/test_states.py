@@ -266,6 +266,8 @@ def test_choose_picks_what_ships(target: str) -> None:
         if dtype == "bf16" and target.endswith("_75"):
             continue
         for sum_dtype in (dtype, "f32"):
-            for aligned, many in itertools.product((True, False), repeat=2):
-                one = variants.choose_states(target, dtype=dtype, sum_dtype=sum_dtype, aligned=aligned, many=many)
+            for aligned, states_of_row in itertools.product((True, False), range(12)):
+                one = variants.choose_states(
+                    target, dtype=dtype, sum_dtype=sum_dtype, aligned=aligned, states=states_of_row
+                )
                 assert one in shipped

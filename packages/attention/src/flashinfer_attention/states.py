@@ -29,6 +29,7 @@ from flashinfer_core.tensors import check_int32, check_tensor, lacks_bfloat16
 MAX_HEAD_DIM = 512
 # Waking threads costs more than merging this much.
 _BYTES_FOR_THREADS = 1 << 17
+_RAGGED_STATES = 4  # rows have this many where nobody knows it, to choose a kernel
 
 State = Tuple[torch.Tensor, torch.Tensor]
 
@@ -94,7 +95,7 @@ def merge_ragged_states(
     indptr[i + 1] - 1. indptr: int32 [tokens + 1] on the same device, not decreasing and within `states`; trusted, as
     its values are not read here. out, lse_out, types, what is raised and returned: as for merge_states.
     """
-    tokens, heads, head_dim = _rows("o", o, "lse", lse)
+    _, heads, head_dim = _rows("o", o, "lse", lse)
     check_int32("indptr", indptr)
     if indptr.device != o.device or indptr.shape[0] == 0:
         raise InvalidArgumentError(
@@ -104,7 +105,7 @@ def merge_ragged_states(
     states = _View(o, lse, (0, o.stride(0), o.stride(1)), (0, lse.stride(0), lse.stride(1)))
     others = _View(o[1:], lse[1:], states.o_strides, states.lse_strides)
     shape = (indptr.shape[0] - 1, heads, head_dim)
-    return _merge(states, others, tokens, shape, LOG2_E, out, lse_out, indptr=indptr)
+    return _merge(states, others, _RAGGED_STATES, shape, LOG2_E, out, lse_out, indptr=indptr)
 
 
 class RunningState:
@@ -265,7 +266,7 @@ def _launch(params: Any, first: _View, others: _View, out: torch.Tensor) -> None
         return
     views = ((first.o, first.o_strides), (others.o, others.o_strides), (out, out.stride()[:2]))
     aligned = all(_is_aligned(*view) for view in views)
-    kernel = _load(_Key(others.o.dtype, out.dtype, out.device.index, aligned, bool(params.indptr) or params.states > 2))
+    kernel = _load(_Key(others.o.dtype, out.dtype, out.device.index, aligned, min(params.states, 8)))
     workers = -(-tokens * heads // cast(States, kernel.variant).rows_at_once(head_dim))
     kernel.launch(params, workers=min(workers, 2**31 - 1), stream=stream_of(out.device))
 
@@ -282,7 +283,7 @@ class _Key(NamedTuple):
     sum_dtype: torch.dtype
     where: Union[str, int]
     aligned: bool = True
-    many: bool = False
+    states: int = 2
 
 
 def _load(key: _Key) -> Kernel:
@@ -302,7 +303,7 @@ def _load_for(key: _Key, forced: str) -> Kernel:
     def states_for(target: str) -> Optional[AnyVariant]:
         if dtype == "bf16" and target.endswith("_75"):
             return None
-        return choose_states(target, dtype=dtype, sum_dtype=sum_dtype, aligned=key.aligned, many=key.many)
+        return choose_states(target, dtype=dtype, sum_dtype=sum_dtype, aligned=key.aligned, states=key.states)
 
     return load(states_for, key.where)
 

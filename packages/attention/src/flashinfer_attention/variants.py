@@ -24,7 +24,6 @@ CPU_WORKERS_PER_THREAD = 4
 CPU_THREADS_PER_MERGER = 4
 
 STATE_DTYPES = ("f32", "f16", "bf16")
-_STATES_AHEAD = 7  # eight states, which sequence-parallel groups often have, in one go
 
 ELEMENT_BYTES = {"f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1}
 CUDA_MAX_HEAD_DIM = 256
@@ -243,7 +242,7 @@ class States:
 
     def rows_at_once(self, head_dim: int) -> int:
         """Count the rows that a CTA merges at a time; a thread has one or two vectors of a row (states.cuh)."""
-        return self.threads // -(-(head_dim // self.elements) // (2 if self.ahead == 1 else 1))
+        return self.threads // -(-(head_dim // self.elements) // (2 if self.ahead < 7 else 1))
 
 
 AnyAttention = Union[Attention, AttentionCpu]
@@ -286,25 +285,25 @@ def choose_merge(target: str, *, dtype: str) -> Merge:
     return Merge(dtype, f"attention/merge.{'cuh' if target in SHARED_LIMITS else 'cpp'}")
 
 
-def choose_states(target: str, *, dtype: str, sum_dtype: str, aligned: bool, many: bool) -> States:
+def choose_states(target: str, *, dtype: str, sum_dtype: str, aligned: bool, states: int) -> States:
     """Choose the kernel that merges states; `aligned`: all addresses and strides are multiples of 16 bytes.
 
-    many: rows may have more than two states.
+    states: of a row. A kernel that asks for more of them at a time than there are has threads wait for too little.
     """
     if target not in SHARED_LIMITS:
         return States(dtype, sum_dtype, 0)
     if not aligned:
         return States(dtype, sum_dtype, 1, 1)
-    return States(dtype, sum_dtype, 4 if dtype == "f32" else 8, _STATES_AHEAD if many else 1)
+    return States(dtype, sum_dtype, 4 if dtype == "f32" else 8, 1 if states <= 2 else 3 if states <= 4 else 7)
 
 
 def _shipped_states(target: str) -> Tuple[States, ...]:
     dtypes = [dtype for dtype in STATE_DTYPES if not (dtype == "bf16" and target.endswith("_75"))]
     chosen = [
-        choose_states(target, dtype=dtype, sum_dtype=sum_dtype, aligned=aligned, many=many)
+        choose_states(target, dtype=dtype, sum_dtype=sum_dtype, aligned=aligned, states=states)
         for dtype in dtypes
         for sum_dtype in sorted({dtype, "f32"})
-        for aligned, many in ((True, True), (True, False), (False, False))
+        for aligned, states in ((True, 2), (True, 4), (True, 8), (False, 2))
     ]
     return tuple(dict.fromkeys(chosen))
 

@@ -15,7 +15,7 @@ namespace attention {
 constexpr int kStateThreads = 256;
 
 // Vectors of a row that a thread has, so that as much is under way for two states as for many.
-__device__ constexpr int vectors_of(int ahead) { return ahead == 1 ? 2 : 1; }
+__device__ constexpr int vectors_of(int ahead) { return ahead < 7 ? 2 : 1; }
 
 template <bool kFirst, typename A, typename B>
 struct Choose {
