@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install the carried wheels on a GPU machine that has torch but no network, and run what was asked.
 #
-#   ci/gpu_run.sh [tests|sanitize|cpu|bench|scaling|demo]...    default: tests
+#   ci/gpu_run.sh [tests|sanitize|cpu|bench|cascade|scaling|demo]...    default: tests
 #
 # `nox -s bundle` makes the wheels; this script finds their index in the bundle it lies in, or in bundle/ of a checkout.
 # Environment: OUT (folder for logs; default: a temporary one), PYTEST_ARGS (more arguments for pytest), INDEX_BUILD
@@ -61,6 +61,8 @@ cpu() { part tests-cpu "${pytest[@]}" -m "not gpu" tests/test_cpu_targets.py; }
 
 bench() { part bench "$python" -m benchmarks attention_gpu --write "$out/h100.md"; }
 
+cascade() { part cascade "$python" -m benchmarks cascade --write "$out/cascade-h100.md"; }
+
 scaling() { part scaling "$python" -m benchmarks scaling --write "$out/scaling-h100.md"; }
 
 # Its packages and the pieces of its model are carried in a folder of their own: docs/gpu-testing.md says how.
@@ -82,6 +84,7 @@ for asked in "${@:-tests}"; do
   sanitize) sanitize ;;
   cpu) cpu ;;
   bench) bench ;;
+  cascade) cascade ;;
   scaling) scaling ;;
   demo) demo ;;
   *) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
