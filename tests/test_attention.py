@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import reference
-from batches import Paged, poisoned, where
+from batches import HUGE, Paged, poisoned, where
 from flashinfer_attention import Workspace, attention, plan_attention, single, variants, workspace_bytes
 from flashinfer_core.errors import InvalidArgumentError, WorkspaceError
 from flashinfer_core.targets import TARGETS
@@ -215,3 +215,41 @@ def test_choose_picks_what_ships(target: str) -> None:
                 assert general.tile_rows == plain.tile_rows  # a plan for one serves the other
     names = [variant.name for variant in variants.shipped(target)]
     assert len(set(names)) == len(names)
+
+
+def test_a_page_table_with_a_row_for_each_request(device: str) -> None:
+    batch = Paged([2, 0, 1, 3], [100, 5, 0, 64], device=device)
+    width, indptr = 9, batch.indptr.tolist()
+    rows = torch.full((6, width), HUGE, dtype=torch.int32)  # longer and wider than the batch
+    for request in range(4):
+        pages = batch.indices[indptr[request] : indptr[request + 1]]
+        rows[request, : pages.shape[0]] = pages
+    planned = plan_rows(batch, width)
+    o, lse = attention(batch.q, batch.k, batch.v, plan=planned, page_table=rows.to(device))
+    batch.check(o, lse, base2=False)
+    with pytest.raises(InvalidArgumentError, match=r"page_table must have shape \[any, 9\], got \(6, 8\)"):
+        attention(batch.q, batch.k, batch.v, plan=planned, page_table=rows[:, :8].to(device))
+    with pytest.raises(InvalidArgumentError, match="page_table must be contiguous"):
+        attention(batch.q, batch.k, batch.v, plan=plan_rows(batch, 8), page_table=rows.to(device)[:, :8])
+    with pytest.raises(InvalidArgumentError, match="at least 36 entries, got 27"):
+        attention(batch.q, batch.k, batch.v, plan=planned, page_table=rows[:3].to(device))
+    with pytest.raises(InvalidArgumentError, match="request 0 has 100 keys"):
+        plan_rows(batch, 6)
+    with pytest.raises(InvalidArgumentError, match="give either kv_indptr, or with pages max_pages"):
+        plan(batch, max_pages=width)
+    with pytest.raises(InvalidArgumentError, match="more than int32 counts"):
+        plan_rows(batch, 2**30)
+
+
+def plan_rows(batch: Paged, width: int) -> Any:
+    return plan_attention(
+        q_indptr=batch.q_indptr,
+        kv_len=batch.kv_len,
+        max_pages=width,
+        num_qo_heads=batch.heads,
+        num_kv_heads=batch.kv_heads,
+        head_dim=batch.dim,
+        page_size=batch.page_size,
+        dtype=batch.dtype,
+        device=batch.device,
+    )

@@ -67,11 +67,11 @@ def attention(
 
     q: [tokens, num_qo_heads, head_dim]. k, v: ragged [rows, num_kv_heads, head_dim], or with a paged plan
     [pages, page_size, num_kv_heads, head_dim]; any strides with a contiguous last dimension, those of k and v may
-    differ, and v may be head_dim_vo wide. page_table: int32 [entries] on the same device, page numbers of all requests;
-    only for paged plans. Options, from sm_scale to mask_indptr: see `Options`; a mask if and only if the plan is for
-    one. out: [tokens, num_qo_heads, head_dim_vo], dtype of q; lse: float32 [tokens, num_qo_heads] contiguous; both are
-    allocated where None. Several threads may run one plan on a CPU; a GPU runs it on one stream at a time, because its
-    runs share the workspace.
+    differ, and v may be head_dim_vo wide. page_table: int32 [entries] on the same device, page numbers of all requests,
+    or [B or more, max_pages] where planned so; only for paged plans. Options, from sm_scale to mask_indptr: see
+    `Options`; a mask if and only if the plan is for one. out: [tokens, num_qo_heads, head_dim_vo], dtype of q; lse:
+    float32 [tokens, num_qo_heads] contiguous; both are allocated where None. Several threads may run one plan on a CPU;
+    a GPU runs it on one stream at a time, because its runs share the workspace.
     Return (o, lse in natural logarithm). A row that sees no key has o = 0 and lse = -inf, or with sinks its head's.
     Asynchronous on GPUs, on torch's current stream. Raises InvalidArgumentError, InvalidTypeError,
     UnsupportedOptionError, WorkspaceError before anything is launched.

@@ -36,6 +36,7 @@ class Lengths(NamedTuple):
     num_requests: int
     facts: planner.Facts
     most_queries: Optional[int]
+    max_pages: Optional[int] = None  # entries of a row, where the page table has a row for each request
 
     @property
     def tokens(self) -> int:
@@ -89,24 +90,40 @@ def host_queries(q_indptr: torch.Tensor) -> Queries:
 
 def host_lengths(
     q_indptr: torch.Tensor,
-    kv_indptr: torch.Tensor,
+    kv_indptr: Optional[torch.Tensor],
     kv_len: Optional[torch.Tensor],
     page_size: Optional[int],
     max_q_len: Optional[int] = None,
+    max_pages: Optional[int] = None,
 ) -> Lengths:
     """Check and copy the lengths of the native operator; see `plan_attention`."""
     queries = host_queries(q_indptr)
-    check_int32("kv_indptr", kv_indptr, queries.requests + 1)
     if page_size is not None:
         check_page_size(page_size)
         if kv_len is None:
             raise InvalidArgumentError("kv_len is needed with pages: the last page of a request may be part full")
+    if kv_indptr is None or max_pages is not None:
+        kv_indptr = _row_starts(queries.requests, kv_indptr, page_size, max_pages)
+    check_int32("kv_indptr", kv_indptr, queries.requests + 1)
     if kv_len is not None:
         check_int32("kv_len", kv_len, queries.requests)
     lengths = _read(queries, kv_indptr, kv_len, page_size or 1, last_pages=False, most_queries=max_q_len)
     if max_q_len is not None and lengths.facts.longest > max_q_len:
         raise InvalidArgumentError(f"a request has {lengths.facts.longest} queries, but max_q_len is {max_q_len}")
-    return lengths
+    return lengths._replace(max_pages=max_pages)
+
+
+def _row_starts(
+    requests: int, kv_indptr: Optional[torch.Tensor], page_size: Optional[int], max_pages: Optional[int]
+) -> torch.Tensor:
+    """Return where the rows of a page table [requests, max_pages] begin."""
+    if kv_indptr is not None or page_size is None or max_pages is None:
+        raise InvalidArgumentError(
+            "give either kv_indptr, or with pages max_pages, the width of a page table with a row for each request"
+        )
+    if not 0 <= check_integer("max_pages", max_pages) <= _INT32_MAX // max(requests, 1):
+        raise InvalidArgumentError(f"a page table of {requests} x {max_pages} entries is more than int32 counts")
+    return torch.arange(0, (requests + 1) * max_pages, max_pages, dtype=torch.int32, device="cpu")[: requests + 1]
 
 
 def paged_lengths(queries: Queries, indptr: torch.Tensor, last_page_len: torch.Tensor, page_size: int) -> Lengths:

@@ -79,10 +79,17 @@ class Plan:
             raise InvalidArgumentError(f"the plan is for pages of {self.page_size} tokens, got {kv.page_size}")
         if page_table is None:
             raise InvalidArgumentError("the plan is for paged keys, but page_table is missing")
-        check_tensor("page_table", page_table, (None,), torch.int32, self.problem.device)
-        if page_table.shape[0] < self.lengths.entries:
+        width = self.lengths.max_pages
+        shape = (None,) if width is None else (None, width)
+        check_tensor("page_table", page_table, shape, torch.int32, self.problem.device)
+        if page_table.numel() < self.lengths.entries:
             raise InvalidArgumentError(
-                f"page_table must have at least {self.lengths.entries} entries, got {page_table.shape[0]}"
+                f"page_table must have at least {self.lengths.entries} entries, got {page_table.numel()}"
+            )
+        if not page_table.is_contiguous():
+            raise InvalidArgumentError(
+                f"page_table must be contiguous, got strides {page_table.stride()}",
+                remedy="plan with max_pages as wide as the rows lie apart, and pass whole rows",
             )
         self.check_pages(kv.pages, page_table)
 
@@ -92,7 +99,7 @@ class Plan:
             return
         lengths = self.lengths
         check_pages(
-            page_table,
+            page_table.view(-1),
             lengths.q_indptr,
             lengths.kv_indptr,
             lengths.kv_len,
@@ -118,8 +125,9 @@ class Plan:
 def plan_attention(
     *,
     q_indptr: torch.Tensor,
-    kv_indptr: torch.Tensor,
+    kv_indptr: Optional[torch.Tensor] = None,
     kv_len: Optional[torch.Tensor] = None,
+    max_pages: Optional[int] = None,
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
@@ -139,12 +147,13 @@ def plan_attention(
 
     q_indptr: int32 [B + 1], rows of q of each request. kv_indptr: int32 [B + 1], rows of k and v (ragged: page_size is
     None) or entries of the page table. kv_len: int32 [B], keys of each request; None only where ragged, and then all
-    rows count. Lengths of 0 are legal, as is B = 0. head_dim_vo: columns of v and o; None: head_dim. causal: query i of
-    a request sees keys up to i + kv_len - q_len. window_left: and from i + kv_len - q_len - window_left on, so it sees
-    window_left + 1 keys; -1: no window. has_mask: calls bring a mask, which takes the place of causal. deterministic:
-    a request's result has the same bits whatever the batch around it, for the same max_q_len. max_q_len: what no
-    request of any batch has more queries than; None: any number. dtype: of q and o. kv_dtype: of k and v: that of q,
-    float8_e4m3fn or float8_e5m2; None: that of q. workspace: where the plan writes; None: allocated for this plan.
+    rows count. max_pages: in the place of kv_indptr, the page table is [B, max_pages], a row for each request. Lengths
+    of 0 are legal, as is B = 0. head_dim_vo: columns of v and o; None: head_dim. causal: query i of a request sees keys
+    up to i + kv_len - q_len. window_left: and from i + kv_len - q_len - window_left on, so it sees window_left + 1
+    keys; -1: no window. has_mask: calls bring a mask, which takes the place of causal. deterministic: a request's
+    result has the same bits whatever the batch around it, for the same max_q_len. max_q_len: what no request of any
+    batch has more queries than; None: any number. dtype: of q and o. kv_dtype: of k and v: that of q, float8_e4m3fn or
+    float8_e5m2; None: that of q. workspace: where the plan writes; None: allocated for this plan.
     Tensors on a GPU are copied to the host, which waits for the device; host tensors cost no synchronisation. Reads
     lengths before it returns. Raises InvalidArgumentError (lengths that decrease, head counts that do not divide),
     InvalidTypeError (lengths that are not int32), UnsupportedOptionError (dtype, head_dim), WorkspaceError.
@@ -162,7 +171,7 @@ def plan_attention(
         has_mask=has_mask,
         deterministic=deterministic,
     )
-    lengths = host_lengths(q_indptr, kv_indptr, kv_len, page_size, max_q_len)
+    lengths = host_lengths(q_indptr, kv_indptr, kv_len, page_size, max_q_len, max_pages)
     return plan_lengths(problem, page_size, lengths, workspace)
 
 
