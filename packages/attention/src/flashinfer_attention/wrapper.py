@@ -105,16 +105,13 @@ class Wrapper:
     def end_forward(self) -> None:
         """Do nothing; older versions freed the plan here."""
 
-    def _take_mask_buffers(
-        self, bits: Optional[torch.Tensor], indptr: Optional[torch.Tensor], requests: Optional[int]
-    ) -> None:
-        """Keep the buffers of masks that a CUDA graph reads: both or none; without a graph they have no use."""
+    def _take_mask_buffers(self, bits: Optional[torch.Tensor], indptr: Optional[torch.Tensor], size: int) -> None:
+        """Keep the buffers of masks that a CUDA graph reads, both or none; `indptr` has `size` elements."""
         if not self._use_cuda_graph or (bits is None and indptr is None):
             return
         if bits is None:
             raise InvalidArgumentError("mask_indptr_buf was given, but custom_mask_buf is missing")
         check_tensor("custom_mask_buf", bits, (None,), torch.uint8, self.device)
-        size = None if requests is None else requests + 1
         self._mask_buffers = MaskBuffers(bits, graph_buffer("mask_indptr_buf", indptr, self.device, size))
 
     def _mask(
