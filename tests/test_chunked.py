@@ -52,10 +52,11 @@ def test_pieces_of_any_size(device: str, sizes: List[int], q_len: int, causal: b
 
 
 @MASKS
-def test_many_small_pieces_keep_fp32(device: str, causal: bool) -> None:
-    q, k, v = request(8, 2000, torch.bfloat16, device)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=["bf16"])
+def test_many_small_pieces_keep_fp32(device: str, dtype: torch.dtype, causal: bool) -> None:
+    q, k, v = request(8, 2000, dtype, device)
     got = chunked_attention(q, pieces_of(k, v, [25] * 80), num_kv_heads=KV_HEADS, causal=causal, kv_len=2000)
-    check(got, reference.attention(q.cpu(), k.cpu(), v.cpu(), causal=causal), torch.bfloat16)
+    check(got, reference.attention(q.cpu(), k.cpu(), v.cpu(), causal=causal), dtype)
 
 
 def check_batch(q_lens: Sequence[int], pieces: Sequence[Sequence[int]], causal: bool, device: str) -> None:

@@ -128,16 +128,16 @@ struct StateSum {
   __device__ void scale(float factor) {
     sum *= factor;
 #pragma unroll
-    for (auto& vector : columns) {
+    for (int vector = 0; vector < kVectors; ++vector) {
 #pragma unroll
-      for (float& x : vector) x *= factor;
+      for (int j = 0; j < kElements; ++j) columns[vector][j] *= factor;
     }
   }
 
   template <typename T, int kCount>
   __device__ void raise(const Loaded<T, kElements, kVectors, kCount>& states) {
 #pragma unroll
-    for (float lse : states.lse) max = fmaxf(max, lse);
+    for (int i = 0; i < kCount; ++i) max = fmaxf(max, states.lse[i]);
   }
 
   // Add states that `max` counts already. A state of weight 0 does not count, whatever its o holds; a NaN stays one.
