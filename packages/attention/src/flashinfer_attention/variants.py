@@ -14,7 +14,8 @@ from flashinfer_core.errors import UnsupportedOptionError
 PACKAGE = "flashinfer_attention"
 
 CPU_DTYPES = ("f32", "f16", "bf16")
-CPU_MAX_HEAD_DIM = 256
+CPU_FP8 = ("e4m3", "e5m2")  # of keys and values, with any type of queries
+CPU_MAX_HEAD_DIM = 512
 CPU_DECODE_ROWS, CPU_PREFILL_ROWS, CPU_AMX_ROWS = 64, 96, 192
 _CPU_KV_TILES = {CPU_DECODE_ROWS: 64, CPU_PREFILL_ROWS: 96, CPU_AMX_ROWS: 192}
 # Packed rows of a KV head from which converting keys once for a blocked product pays.
@@ -55,7 +56,7 @@ class Support(NamedTuple):
     options: FrozenSet[str]
 
 
-_CUDA_OPTIONS = frozenset(
+_OPTIONS = frozenset(
     (
         "window_left",
         "mask",
@@ -71,8 +72,8 @@ _CUDA_OPTIONS = frozenset(
     )
 )
 SUPPORT = {
-    "cpu": Support("CPUs", CPU_DTYPES, tuple(range(8, CPU_MAX_HEAD_DIM + 1, 8)), frozenset(("deterministic",))),
-    "cuda": Support("GPUs", ("f16", "bf16"), tuple(range(8, CUDA_MAX_HEAD_DIM + 1, 8)), _CUDA_OPTIONS),
+    "cpu": Support("CPUs", CPU_DTYPES, tuple(range(8, CPU_MAX_HEAD_DIM + 1, 8)), _OPTIONS),
+    "cuda": Support("GPUs", ("f16", "bf16"), tuple(range(8, CUDA_MAX_HEAD_DIM + 1, 8)), _OPTIONS),
 }
 
 
@@ -314,7 +315,7 @@ def shipped(target: str) -> Tuple[AnyVariant, ...]:
         cpu = tuple(
             AttentionCpu(dtype, kv_dtype, rows)
             for dtype in CPU_DTYPES
-            for kv_dtype in (dtype,)
+            for kv_dtype in (dtype, *CPU_FP8)
             for rows in _cpu_tile_rows(target, dtype)
         )
         return (*cpu, *(choose_merge(target, dtype=dtype) for dtype in CPU_DTYPES), *_shipped_states(target))

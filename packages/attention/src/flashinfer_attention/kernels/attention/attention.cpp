@@ -27,8 +27,8 @@ struct BlockedTile<bf16, TKv> {
 template <class T, class TKv, int32_t kTileRows>
 void attention(const AttentionParams& p, int32_t worker, int32_t num_workers) {
   constexpr int32_t kKvTile = kTileRows;  // as variants.py tells the planner
-  if constexpr (kTileRows == DecodeTile<T>::kRows) {
-    decode<T>(p, WorkerItems(p, p.kv_heads * p.group, 1, kTileRows, kKvTile, worker, num_workers));
+  if constexpr (kTileRows == DecodeTile<T, TKv>::kRows) {
+    decode<T, TKv>(p, WorkerItems(p, p.kv_heads * p.group, 1, kTileRows, kKvTile, worker, num_workers));
   } else {
     using Tile = typename BlockedTile<T, TKv>::Type;
     static_assert(kTileRows == Tile::kRows, "tile_rows names the decode or the prefill tile");

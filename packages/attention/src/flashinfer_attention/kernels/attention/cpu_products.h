@@ -67,18 +67,19 @@ inline void add_part(const float* q, int32_t stride, const T* const* keys, int32
   }
 }
 
-// s[key * kWidth + row] for keys_at_once(kWidth) keys. q: rows in the order of load_pair, `stride` apart.
+// s[key * kWidth + row] for keys_at_once(kWidth) keys, while as many others are fetched. q: rows in the order of
+// load_pair, `stride` apart.
 template <int32_t kWidth, class T>
-inline void multiply_keys(const float* q, int32_t stride, const Rows<T, keys_at_once(kWidth)>& keys, int32_t head_dim,
+inline void multiply_keys(const float* q, int32_t stride, const T* const* keys, const T* const* ahead, int32_t head_dim,
                           float* s) {
   simd::Floats dot[kSums] = {};
   int32_t d = 0;
   for (; d + kFetched<T> <= head_dim; d += kFetched<T>) {
-    for (int32_t i = 0; i < keys_at_once(kWidth); ++i) fetch(keys.ahead[i] + d);
-    for (int32_t e = d; e < d + kFetched<T>; e += kPair) add_pairs<kWidth>(q, stride, keys.now, e, dot);
+    for (int32_t i = 0; i < keys_at_once(kWidth); ++i) fetch(ahead[i] + d);
+    for (int32_t e = d; e < d + kFetched<T>; e += kPair) add_pairs<kWidth>(q, stride, keys, e, dot);
   }
-  for (; d + kPair <= head_dim; d += kPair) add_pairs<kWidth>(q, stride, keys.now, d, dot);
-  for (; d < head_dim; d += simd::kPart) add_part<kWidth>(q, stride, keys.now, d, dot);
+  for (; d + kPair <= head_dim; d += kPair) add_pairs<kWidth>(q, stride, keys, d, dot);
+  for (; d < head_dim; d += simd::kPart) add_part<kWidth>(q, stride, keys, d, dot);
   for (int32_t i = 0; i < kSums; i += simd::kLanes) simd::store(s + i, simd::sums(dot + i));
 }
 

@@ -31,14 +31,20 @@ class Rotation {
     }
   }
 
-  void turn(float* row) const {
+  void turn(float* row) const { turn(row, cos_, sin_); }
+
+  void turn(float* row, const float* cosines, const float* sines) const {
     float* other = row + half_;
     for (int32_t d = 0; d < half_; ++d) {
       const float x = row[d], y = other[d];
-      row[d] = x * cos_[d] - y * sin_[d];
-      other[d] = y * cos_[d] + x * sin_[d];
+      row[d] = x * cosines[d] - y * sines[d];
+      other[d] = y * cosines[d] + x * sines[d];
     }
   }
+
+  // Of the present position, head_dim / 2 of each.
+  const float* cosines() const { return cos_; }
+  const float* sines() const { return sin_; }
 
  private:
   int32_t half_;

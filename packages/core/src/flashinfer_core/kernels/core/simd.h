@@ -166,16 +166,23 @@ inline void store_pair(float* to, Pair x) {
   store(to + kLanes, x.second);
 }
 
-// As widen_row, but as far as whole pairs go with their elements in the order of load_pair.
+// Bring a row of fp32, as far as whole pairs go, from the order of memory into that of load_pair, and back.
 template <class T>
-inline void widen_row_paired(float* to, const T* from, int32_t count) {
-  int32_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) store_pair(to + i, load_pair(from + i));
-  widen_row(to, from, count, i);
-}
+inline void pair_order(float*, int32_t, T) {}
 
 template <class T>
 inline void restore_order(float*, int32_t, T) {}
+
+template <int... i>
+inline Pair separate(Pair x, std::integer_sequence<int, i...>) {
+  return {shuffle<(2 * i)...>(x.first, x.second), shuffle<(2 * i + 1)...>(x.first, x.second)};
+}
+
+inline void pair_order(float* row, int32_t count, bf16) {
+  for (int32_t i = 0; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    store_pair(row + i, separate({load(row + i), load(row + i + kLanes)}, Lanes{}));
+  }
+}
 
 template <int... i>
 inline Pair interleave(Pair x, std::integer_sequence<int, i...>) {
@@ -183,7 +190,6 @@ inline Pair interleave(Pair x, std::integer_sequence<int, i...>) {
           shuffle<(kLanes / 2 + i / 2 + i % 2 * kLanes)...>(x.first, x.second)};
 }
 
-// Bring a row that was computed from paired rows back into the order of memory.
 inline void restore_order(float* row, int32_t count, bf16) {
   for (int32_t i = 0; i + 2 * kLanes <= count; i += 2 * kLanes) {
     store_pair(row + i, interleave({load(row + i), load(row + i + kLanes)}, Lanes{}));
