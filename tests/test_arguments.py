@@ -89,7 +89,7 @@ BAD_PLANS = {
     "page-size-2^31": ({"page_size": 2**31}, InvalidArgumentError, "page_size"),
     "page-size-float": ({"page_size": 16.0}, InvalidTypeError, "page_size must be an integer, got 16.0"),
     "head-dim-60": ({"head_dim_qk": 60}, UnsupportedOptionError, "head_dim=60.*nearest is (56|64)"),
-    "head-dim-264": ({"head_dim_qk": 264}, UnsupportedOptionError, "head_dim=264.*nearest is 256"),
+    "head-dim-520": ({"head_dim_qk": 520}, UnsupportedOptionError, "head_dim=520.*nearest is (256|512)"),
     "head-dim-0": ({"head_dim_qk": 0}, UnsupportedOptionError, "head_dim=0"),
     "head-dim-float": ({"head_dim_qk": 64.0}, InvalidTypeError, "head_dim must be an integer, got 64.0"),
     "heads-float": ({"num_qo_heads": 4.0}, InvalidTypeError, "num_qo_heads must be an integer"),
