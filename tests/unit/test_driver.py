@@ -167,6 +167,20 @@ def test_programmatic_serialization_is_an_attribute_of_the_launch(fake: Fake) ->
     assert fake.calls[-2] == f"cuLaunchKernelEx {LAUNCHED.replace('attributes none', 'attributes 6=1')}"
 
 
+def test_a_bound_launch_brings_addresses_to_each_kernel(fake: Fake) -> None:
+    fake.run(
+        """
+        f = load()
+        bound = _host.bind([(f, params, 7, False), (f, params, 3, True)], [[(0, 0)], [(1, 0), (0, 8)]])
+        bound.launch((0xabc, 0xdef), 0x55)
+        """
+    )
+    launches = [call for call in fake.calls if "Launch" in call]
+    first = LAUNCHED.replace("abcd", "abc")
+    second = LAUNCHED.replace("abcd", "def").replace("grid 7", "grid 3").replace("attributes none", "attributes 6=1")
+    assert launches == [f"cuLaunchKernelEx {first}", f"cuLaunchKernelEx {second}"]
+
+
 def test_a_capture_mode_is_restored(fake: Fake) -> None:
     fake.run("fake.cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(1))); load()")
     exchanged = [call for call in fake.calls if call.startswith("cuThreadExchange")]
@@ -231,10 +245,12 @@ def test_a_kernel_that_does_not_fit_is_an_error(fake: Fake) -> None:
     [
         ("f.launch(params, 0)", "workers must be at least 1, got 0"),
         ("f.launch(params[:8], 1)", "the kernel takes 16 bytes of parameters, got 8"),
+        ("_host.bind([(f, params[:8], 1, False)], [])", "the kernel takes 16 bytes of parameters, got 8"),
+        ("_host.bind([(f, params, 1, False)], [[(0, 12)]])", "an address belongs at byte 12, beyond the parameters"),
         ("load(-1)", "shared_bytes must not be negative, got -1"),
         ("load(0, 0)", "threads must be at least 1, got 0"),
     ],
-    ids=["workers", "params", "shared_bytes", "threads"],
+    ids=["workers", "params", "bound-params", "bound-address", "shared_bytes", "threads"],
 )
 def test_bad_arguments_launch_nothing(fake: Fake, call: str, text: str) -> None:
     assert fake.run(f"f = load()\ntry: {call}\nexcept ValueError as error: print(error)") == text
