@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from typing import Any, List
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import flashinfer
+import reference
 from batches import HUGE, Paged, poisoned
 from flashinfer_core.errors import InvalidArgumentError, WorkspaceError
 
@@ -157,3 +159,79 @@ def test_a_graph_of_a_plain_wrapper_keeps_its_plan() -> None:
     other.check(*wrapper.run(other.q, other.cache, return_lse=True))
     graph.replay()
     batch.check(out, lse)
+
+
+class Pool:
+    """A paged cache from which batches of any lengths take pages."""
+
+    def __init__(self, requests: int) -> None:
+        torch.manual_seed(5)
+        self.requests = requests
+        self.cache = torch.randn(PAGES, 2, 16, 2, 128, device="cuda").half()
+
+    def draw(self, generator: random.Random, most_queries: int) -> Any:
+        """Return q_indptr, indptr, indices and last_page_len; some requests have become empty."""
+        q_lens = [generator.choice([1, generator.randint(0, most_queries)]) for _ in range(self.requests)]
+        longest = generator.choice([5, 300, 6000])
+        kv_lens = [generator.choice([0, 1, longest, generator.randint(0, longest)]) for _ in range(self.requests)]
+        pages = [-(-length // 16) for length in kv_lens]
+        last = [length - 16 * (page - 1) if page else 0 for length, page in zip(kv_lens, pages)]
+        indices = torch.tensor(generator.choices(range(PAGES), k=sum(pages)), dtype=torch.int32)
+        q_indptr, indptr = (torch.tensor([0, *lens]).cumsum(0).int() for lens in (q_lens, pages))
+        return q_indptr, indptr, indices, torch.tensor(last, dtype=torch.int32)
+
+
+def check_replay(graph: Any, outputs: Any, eager: Any, rows: int) -> None:
+    for output in outputs:
+        output.fill_(float("nan"))
+    graph.replay()
+    (out, lse), (o, eager_lse) = (tuple(x[:rows].cpu() for x in pair) for pair in (outputs, eager))
+    reference.assert_close(out, o.double(), torch.float16)
+    reference.assert_lse_close(lse.double(), eager_lse.double())
+
+
+def test_decode_replays_any_of_200_batches_as_eager_runs_it() -> None:
+    requests = 9
+    pool, generator = Pool(requests), random.Random(11)
+    entries = requests * 6000 // 16 + requests
+    fixed = flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(1 << 22, dtype=torch.uint8, device="cuda"), *buffers(requests + 1, entries, requests)
+    )
+    plain = flashinfer.BatchDecodeWithPagedKVCacheWrapper(torch.empty(1 << 22, dtype=torch.uint8, device="cuda"))
+    q = torch.randn(requests, 8, 128, device="cuda").half()
+    graph: Any = None
+    outputs: Any = None
+    for _ in range(200):
+        tables = pool.draw(generator, 1)[1:]
+        for wrapper in (fixed, plain):
+            wrapper.plan(*tables, 8, 2, 128, 16, q_data_type=torch.float16)
+        if graph is None:
+            graph, *outputs = capture(fixed, q, pool.cache)
+        q.normal_()
+        check_replay(graph, outputs, plain.run(q, pool.cache, return_lse=True), requests)
+
+
+def test_prefill_replays_any_of_200_batches_as_eager_runs_it() -> None:
+    requests, most = 5, 70
+    pool, generator = Pool(requests), random.Random(12)
+    entries = requests * 6000 // 16 + requests
+    fixed = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+        torch.empty(1 << 22, dtype=torch.uint8, device="cuda"),
+        "NHD",
+        True,
+        *buffers(requests + 1, requests + 1, entries, requests),
+    )
+    plain = flashinfer.BatchPrefillWithPagedKVCacheWrapper(torch.empty(1 << 22, dtype=torch.uint8, device="cuda"))
+    q = torch.randn(requests * most, 8, 128, device="cuda").half()
+    full = torch.arange(requests + 1, dtype=torch.int32)
+    fixed.plan(
+        full * most, full, torch.zeros(requests, dtype=torch.int32), full[1:] * 0 + 1, 8, 2, 128, 16, causal=True
+    )
+    graph, *outputs = capture(fixed, q, pool.cache)
+    for _ in range(200):
+        tables = pool.draw(generator, most)
+        for wrapper in (fixed, plain):
+            wrapper.plan(*tables, 8, 2, 128, 16, causal=True)
+        rows = int(tables[0][-1])
+        q.normal_()
+        check_replay(graph, outputs, plain.run(q[:rows], pool.cache, return_lse=True), rows)
