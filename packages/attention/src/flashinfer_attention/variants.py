@@ -247,7 +247,24 @@ class States:
 
 
 AnyAttention = Union[Attention, AttentionCpu]
-AnyVariant = Union[Attention, AttentionCpu, Merge, States]
+
+
+@dataclass(frozen=True)
+class PlanLengths:
+    """The kernel that plans lengths which lie on a GPU, with one CTA."""
+
+    package = PACKAGE
+    source = "core/plan.cuh"
+    name = "plan"
+    threads = 256
+    shared_bytes = 0
+
+    @property
+    def expression(self) -> str:
+        return f"flashinfer::plan<{self.threads}>"
+
+
+AnyVariant = Union[Attention, AttentionCpu, Merge, PlanLengths, States]
 
 
 def choose(
@@ -330,7 +347,8 @@ def shipped(target: str) -> Tuple[AnyVariant, ...]:
         )
         for rows in _cuda_tile_rows(dims)
     )
-    return (*attention, *(choose_merge(target, dtype=dtype) for dtype in dtypes), *_shipped_states(target))
+    merges = (choose_merge(target, dtype=dtype) for dtype in dtypes)
+    return (*attention, *merges, PlanLengths(), *_shipped_states(target))
 
 
 def _cpu_tile_rows(target: str, dtype: str) -> Tuple[int, int]:
