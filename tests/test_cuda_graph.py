@@ -194,10 +194,10 @@ def test_decode_replays_any_of_200_batches_as_eager_runs_it() -> None:
     requests = 9
     pool, generator = Pool(requests), random.Random(11)
     entries = requests * 6000 // 16 + requests
-    fixed = flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
+    fixed: Any = flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
         torch.empty(1 << 22, dtype=torch.uint8, device="cuda"), *buffers(requests + 1, entries, requests)
     )
-    plain = flashinfer.BatchDecodeWithPagedKVCacheWrapper(torch.empty(1 << 22, dtype=torch.uint8, device="cuda"))
+    plain: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(torch.empty(1 << 22, dtype=torch.uint8, device="cuda"))
     q = torch.randn(requests, 8, 128, device="cuda").half()
     graph: Any = None
     outputs: Any = None
@@ -215,13 +215,13 @@ def test_prefill_replays_any_of_200_batches_as_eager_runs_it() -> None:
     requests, most = 5, 70
     pool, generator = Pool(requests), random.Random(12)
     entries = requests * 6000 // 16 + requests
-    fixed = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+    fixed: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
         torch.empty(1 << 22, dtype=torch.uint8, device="cuda"),
         "NHD",
         True,
         *buffers(requests + 1, requests + 1, entries, requests),
     )
-    plain = flashinfer.BatchPrefillWithPagedKVCacheWrapper(torch.empty(1 << 22, dtype=torch.uint8, device="cuda"))
+    plain: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(torch.empty(1 << 22, dtype=torch.uint8, device="cuda"))
     q = torch.randn(requests * most, 8, 128, device="cuda").half()
     full = torch.arange(requests + 1, dtype=torch.int32)
     fixed.plan(

@@ -48,7 +48,8 @@ def test_threads_give_the_bits_of_one_after_another(device: str) -> None:
     barrier = threading.Barrier(THREADS)
 
     def work(index: int) -> None:
-        own = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
+        stream: Any = torch.cuda.Stream  # some releases of torch leave it untyped
+        own: Any = torch.cuda.stream(stream()) if device == "cuda" else contextlib.nullcontext()
         with own:
             barrier.wait()
             together[index] = jobs[index].run()

@@ -194,6 +194,7 @@ class Planned:
             "max_pieces": self.batch.max_partial_rows // shape.tile_rows,
             "num_requests": self.requests,
             "max_queries": 1 << 20,
+            "max_tokens": 1 << 28,
             "page_size": PAGE,
             "last_pages": 1,
             **changes,
@@ -252,7 +253,7 @@ def test_lengths_without_sense_make_a_plan_without_work(shim: ctypes.CDLL, name:
     assert planned.is_without_work()
 
 
-@pytest.mark.parametrize("name", ["max_items", "max_merges", "max_queries"])
+@pytest.mark.parametrize("name", ["max_items", "max_merges", "max_queries", "max_tokens"])
 def test_what_is_beyond_its_maxima_makes_a_plan_without_work(shim: ctypes.CDLL, name: str) -> None:
     planned = Planned(GOOD)
     planned.by_threads(shim, 4, **{name: 1})

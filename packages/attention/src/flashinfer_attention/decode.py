@@ -119,8 +119,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         copied. last_page_len: int32 [B], tokens in each request's last page, from 1 to page_size; not read where a
         request has no page. q_data_type, kv_data_type: a dtype or its name, the latter None (that of q) or fp8;
         data_type names both at once, unless they are set; fp8 there means keys and values. non_blocking: of the copies
-        to the device. Other options: as in single_decode_with_kv_cache. Lengths on the host cost no synchronisation;
-        lengths on a GPU are copied back, which waits.
+        to the device. Other options: as in single_decode_with_kv_cache. Nothing waits for a device: lengths on the
+        host are planned there, and those on the GPU there, where a batch without sense leaves outputs as they are.
         Raises InvalidArgumentError, InvalidTypeError, WorkspaceError, and UnsupportedOptionError that names the option.
         """
         dtype, kv_dtype = data_types("float16" if q_data_type is None else q_data_type, kv_data_type, data_type)

@@ -1,6 +1,7 @@
 """A plan: the work list of a batch on its device, and parameter structs that wait for their pointers.
 
-Planning happens on the host. Lengths in host memory cost no synchronisation; lengths on a GPU are copied back first.
+Planning happens where the lengths are, and then waits for nothing; lengths on a GPU whose maxima nobody gave are
+copied back first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import torch
 
 from flashinfer_attention.checks import Problem, is_capturing, make_problem, refuse_capture
+from flashinfer_attention.device_plan import plan_on_device
 from flashinfer_attention.launch import (
     Kernels,
     Partial,
@@ -22,11 +24,11 @@ from flashinfer_attention.launch import (
     place_partial,
     structures,
 )
-from flashinfer_attention.lengths import Lengths, host_lengths
+from flashinfer_attention.lengths import Lengths, native_lengths, read
 from flashinfer_attention.ops import number_for
 from flashinfer_attention.workspace import Frozen, Workspace
 from flashinfer_core import planner
-from flashinfer_core.errors import InvalidArgumentError
+from flashinfer_core.errors import InvalidArgumentError, WorkspaceError
 from flashinfer_core.kernel import Step
 from flashinfer_core.page_table import check_pages, is_checked
 from flashinfer_core.tensors import KeyValue, check_tensor
@@ -138,6 +140,7 @@ def plan_attention(
     has_mask: bool = False,
     deterministic: bool = False,
     max_q_len: Optional[int] = None,
+    max_tokens: Optional[int] = None,
     dtype: torch.dtype,
     kv_dtype: Optional[torch.dtype] = None,
     device: Union[torch.device, str],
@@ -154,9 +157,12 @@ def plan_attention(
     result has the same bits whatever the batch around it, for the same max_q_len. max_q_len: what no request of any
     batch has more queries than; None: any number. dtype: of q and o. kv_dtype: of k and v: that of q, float8_e4m3fn or
     float8_e5m2; None: that of q. workspace: where the plan writes; None: allocated for this plan.
-    Tensors on a GPU are copied to the host, which waits for the device; host tensors cost no synchronisation. Reads
-    lengths before it returns. Raises InvalidArgumentError (lengths that decrease, head counts that do not divide),
-    InvalidTypeError (lengths that are not int32), UnsupportedOptionError (dtype, head_dim), WorkspaceError.
+    Nothing waits for a device where lengths are on the host, or where all are on the GPU and max_q_len is given: these
+    are planned there, max_tokens (None: max_q_len of each request) are then the rows of q, and a batch beyond these
+    maxima, or without sense, leaves outputs as they are. Other tensors on a GPU are copied back, which waits. Lengths
+    may be written again when this returns; those on a GPU by work behind it on its stream.
+    Raises InvalidArgumentError (lengths that decrease, head counts that do not divide), InvalidTypeError (lengths that
+    are not int32), UnsupportedOptionError (dtype, head_dim), WorkspaceError.
     """
     problem = make_problem(
         num_qo_heads,
@@ -171,35 +177,42 @@ def plan_attention(
         has_mask=has_mask,
         deterministic=deterministic,
     )
-    lengths = host_lengths(q_indptr, kv_indptr, kv_len, page_size, max_q_len, max_pages)
+    lengths = native_lengths(q_indptr, kv_indptr, kv_len, page_size, max_q_len, max_pages, max_tokens)
     return plan_lengths(problem, page_size, lengths, workspace)
 
 
 def plan_lengths(
     problem: Problem, page_size: Optional[int], lengths: Lengths, workspace: Optional[Workspace] = None
 ) -> Plan:
-    """Plan lengths that are on the host already; the rest of `plan_attention`."""
+    """Plan lengths that were taken already; the rest of `plan_attention`."""
     refuse_capture(problem.device)
+    there = lengths.source
+    if there is not None and (is_checked(problem.device) or there.kv_indptr.device != problem.device):
+        lengths = read(there, lengths.num_requests, lengths.most_queries)
     kernels = _kernels(problem, page_size, lengths, workspace)
     shape = _shape(problem, kernels)
     workspace, partial = _room(problem, kernels, shape, lengths, workspace)
     frozen = workspace.frozen
     limits = frozen.limits if frozen else _limits(shape, lengths)
-    slot = workspace.stage(limits.bytes)
-    counts = planner.plan(
-        shape,
-        **lengths.addresses,
-        max_partial_rows=partial.rows,
-        max_merges=limits.merges,
-        out=slot.buffer.data_ptr(),
-        out_bytes=limits.bytes,
-    )
-    fixes_now = workspace.fixed and frozen is None
-    uploaded = workspace.upload(slot, counts.used_bytes, limits.bytes if fixes_now else counts.used_bytes)
-    if fixes_now:
-        workspace.freeze(Frozen(problem, page_size, kernels, partial, limits), lengths.tokens)
     # What a captured graph does is decided on the device: another plan may bring tokens, and as many merges as fit.
-    merges = counts.num_merges if not workspace.fixed else limits.merges if partial.rows > 0 else 0
+    merges = limits.merges if partial.rows > 0 else 0
+    if lengths.source is not None:
+        uploaded = workspace.receive(limits.bytes)
+        lengths = plan_on_device(shape, limits, partial.rows, lengths, uploaded)
+    else:
+        slot = workspace.stage(limits.bytes)
+        counts = planner.plan(
+            shape,
+            **lengths.addresses,
+            max_partial_rows=partial.rows,
+            max_merges=limits.merges,
+            out=slot.buffer.data_ptr(),
+            out_bytes=limits.bytes,
+        )
+        uploaded = workspace.upload(slot, counts.used_bytes, limits.bytes if workspace.fixed else counts.used_bytes)
+        merges = merges if workspace.fixed else counts.num_merges
+    if workspace.fixed and frozen is None:
+        workspace.freeze(Frozen(problem, page_size, kernels, partial, limits), lengths.tokens)
     attention_params, merge_params = _params(problem, page_size, kernels)
     _point(attention_params, merge_params, partial, uploaded.data_ptr(), kernels.workers, limits)
     return Plan(
@@ -253,10 +266,23 @@ def _room(
     if workspace is not None and workspace.frozen is not None:
         return workspace, workspace.frozen.partial
     useful = _INT32_MAX if problem.deterministic else kernels.useful_partial_rows
+    needed = _fixed_rows(shape, lengths) if problem.deterministic else useful
     if workspace is None:
-        rows = planner.fixed_rows(shape, **lengths.addresses) if problem.deterministic else useful
-        workspace = Workspace(allocate_partial(rows, problem.head_dim_vo, problem.device).buffer)
-    return workspace, place_partial(workspace.partial, problem.head_dim_vo, useful)
+        workspace = Workspace(allocate_partial(needed, problem.head_dim_vo, problem.device).buffer)
+    partial = place_partial(workspace.partial, problem.head_dim_vo, useful)
+    if lengths.source is not None and problem.deterministic and partial.rows < needed:
+        raise WorkspaceError(
+            f"lengths on a GPU may need {needed} partial rows, but their buffer has {partial.rows}",
+            remedy="give the workspace more memory, or the lengths on the host",
+        )
+    return workspace, partial
+
+
+def _fixed_rows(shape: planner.Shape, lengths: Lengths) -> int:
+    if lengths.source is None:
+        return planner.fixed_rows(shape, **lengths.addresses)
+    longest = _INT32_MAX - shape.kv_tile
+    return lengths.num_requests * planner.most_fixed_rows(shape, max_q_len=lengths.facts.longest, max_kv_len=longest)
 
 
 def _limits(shape: planner.Shape, lengths: Lengths) -> planner.PlanLimits:

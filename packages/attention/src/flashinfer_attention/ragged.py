@@ -13,7 +13,7 @@ import torch
 from flashinfer_attention.call import signature_of
 from flashinfer_attention.checks import make_problem
 from flashinfer_attention.compat import DataType, Scalars, check_backend, data_types, options_of, refuse_variants
-from flashinfer_attention.lengths import host_lengths
+from flashinfer_attention.lengths import native_lengths
 from flashinfer_attention.ops import is_compiling, traced_run
 from flashinfer_attention.plan import plan_lengths
 from flashinfer_attention.wrapper import Output, Wrapper, graph_buffer, with_mask
@@ -92,7 +92,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
             window_left=window_left,
             has_mask=custom_mask is not None or packed_custom_mask is not None,
         )
-        lengths = host_lengths(qo_indptr, kv_indptr, None, None)
+        lengths = native_lengths(qo_indptr, kv_indptr, None, None)
         if self._buffers is not None and qo_indptr.shape != self._buffers[0].shape:
             raise InvalidArgumentError(
                 f"the CUDA graph is for batches of {self._buffers[0].shape[0] - 1} requests, got {lengths.num_requests}"

@@ -81,11 +81,16 @@ class Workspace:
         """Copy `used` bytes of a plan to a buffer of at least `needed`, asynchronously; on a CPU, keep it there."""
         if slot.sent is None:
             return slot.buffer
-        buffer = self._reserve(needed)
-        self.generation += 1
+        buffer = self.receive(needed)
         buffer[:used].copy_(slot.buffer[:used], non_blocking=True)
         device = buffer.device
         slot.sent.record(torch.cuda.current_stream(device) if device.type == "cuda" else None)
+        return buffer
+
+    def receive(self, needed: int) -> torch.Tensor:
+        """Return a buffer of `needed` bytes or more, into which a plan is written now."""
+        buffer = self._reserve(needed)
+        self.generation += 1
         return buffer
 
     def _reserve(self, needed: int) -> torch.Tensor:

@@ -244,9 +244,10 @@ class PagedWrapper(Wrapper):
         check_int32("paged_kv_indices", indices)
         check_readable("paged_kv_indices", indices)
         lengths = paged_lengths(queries, indptr, last_page_len, page_size)
+        entries = lengths.entries if lengths.source is None else indices.shape[0]  # known only on the GPU
         if indices.shape[0] < lengths.entries:
             raise InvalidArgumentError(f"indptr names {lengths.entries} pages, but indices has {indices.shape[0]}")
-        self._check_room(lengths.num_requests, lengths.entries)
+        self._check_room(lengths.num_requests, entries)
         refuse_capture(self.device)
         mask = self._mask(lengths, *masks)
         options = with_mask(options, mask)
@@ -254,7 +255,7 @@ class PagedWrapper(Wrapper):
         plan = plan_lengths(problem, page_size, lengths, self._workspace)
         # A copy of our own: callers may write the next step's pages into theirs.
         own = self._buffers[1] if self._buffers else indices.to(self.device, non_blocking=non_blocking, copy=True)
-        self._store(indptr, indices, last_page_len, lengths.entries, non_blocking)
+        self._store(indptr, indices, last_page_len, entries, non_blocking)
         self._page_table = own
         self._take(plan, options, mask)
 

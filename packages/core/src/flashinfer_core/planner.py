@@ -69,6 +69,14 @@ class PlanOffsets(NamedTuple):
     items: int
 
 
+class Scratch(NamedTuple):
+    """Byte offsets of the arrays that a planning kernel needs beside `PlanSums before[num_requests + 1]`; all bytes."""
+
+    ends: int
+    cuts: int
+    bytes: int
+
+
 class UniformPlan(NamedTuple):
     """One request in equal pieces; the fields of `UniformWork` that the request's lengths do not give, and totals."""
 
@@ -131,6 +139,17 @@ def fixed_rows(shape: Shape, *, q_indptr: int, kv_indptr: int, kv_len: int, num_
 def most_fixed_rows(shape: Shape, *, max_q_len: int, max_kv_len: int) -> int:
     """Return what `fixed_rows` gives at most for one request of these maxima."""
     return int(_call(_host().most_fixed_rows, _native(shape), max_q_len, max_kv_len))
+
+
+def scratch(num_requests: int, num_workers: int) -> Scratch:
+    """Return where the arrays of cuts.h lie behind one another."""
+    ends = _aligned(24 * (num_requests + 1))
+    cuts = ends + 16 * num_workers
+    return Scratch(ends, cuts, cuts + 12 * num_workers)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16
 
 
 def plan_limits(shape: Shape, *, total_q: int, num_requests: int) -> PlanLimits:

@@ -59,6 +59,8 @@ struct CutCounts {
   FLASHINFER_HOST_DEVICE int32_t pieces() const { return cuts + merges; }
 };
 
+static_assert(sizeof(PlanSums) == 24 && sizeof(WorkerEnd) == 16 && sizeof(PlanCut) == 12, "as planner.py has them");
+
 // What the threads of a team tell each other.
 struct PlanScratch {
   PlanSums* before;  // [requests + 1]

@@ -42,7 +42,7 @@ FLASHINFER_HOST_DEVICE int32_t write_lengths(const Team& team, const PlanParams&
     q_indptr[i + 1] = q_end;
     kv_indptr[i + 1] = p.kv_indptr[i + 1];
     kv_len[i] = keys_of(p, i);
-    wrong += q_begin < 0 || q_end < q_begin || int64_t(q_end) - q_begin > p.max_queries || kv_len[i] < 0;
+    wrong += q_begin < 0 || q_end < q_begin || q_end > p.max_tokens || q_end - q_begin > p.max_queries || kv_len[i] < 0;
   }
   if (team.index() == 0) {
     q_indptr[0] = p.q_indptr == nullptr ? 0 : p.q_indptr[0];

@@ -22,7 +22,8 @@ struct PlanParams {
   int32_t max_merges;
   int32_t max_pieces;
   int32_t num_requests;
-  int32_t max_queries;  // of a request
+  int32_t max_queries;  // of a request,
+  int32_t max_tokens;   // and of all
   int32_t page_size;    // 1 where ragged
   int32_t last_pages;   // 1: `keys` counts those in the last page
   int32_t group;        // these eight as in PlanShape
@@ -33,7 +34,6 @@ struct PlanParams {
   int32_t window_left;
   int32_t num_workers;
   int32_t fixed_piece;
-  int32_t pad;
 };
 static_assert(sizeof(PlanParams) == 160, "host and device disagree on PlanParams");
 
