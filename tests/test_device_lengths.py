@@ -148,7 +148,7 @@ def test_what_the_kernel_is_told(
     q_indptr: Optional[torch.Tensor] = None if max_q_len == 1 else batch.q_indptr
     source = Source(q_indptr, batch.indptr, batch.last_page_len, batch.page_size, last_pages=True)
     facts = planner.Facts(len(batch.q), max_q_len, 0)
-    lengths = Lengths(batch.indptr[:0], len(q_lens), facts, max_q_len, source)
+    lengths = Lengths(batch.indptr[:0], len(q_lens), facts, max_q_len, source=source)
     problem = make_problem(batch.heads, batch.kv_heads, batch.dim, True, batch.dtype, torch.device("cpu"))
     monkeypatch.setattr("flashinfer_attention.plan.is_checked", lambda _: False)
     workspace = Workspace(torch.empty(1 << 20, dtype=torch.uint8), fixed=fixed)

@@ -187,7 +187,7 @@ def _take(source: Source, requests: int, most_queries: Optional[int], most_token
     ):
         return read(source, requests, most_queries)
     facts = planner.Facts(most_tokens, most_queries, 0)
-    return Lengths(source.kv_indptr[:0], requests, facts, most_queries, source)
+    return Lengths(source.kv_indptr[:0], requests, facts, most_queries, source=source)
 
 
 def read(source: Source, requests: int, most_queries: Optional[int]) -> Lengths:
