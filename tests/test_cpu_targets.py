@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
 
 import flashinfer
 from batches import DTYPES, Paged, indptr_of
+from calls import Call, add_option, check, lacks
 from flashinfer_attention import attention, plan_attention
+from flashinfer_attention.support import FP8_ELEMENTS
 from flashinfer_core import device as devices
 from flashinfer_core import images
 from flashinfer_core.compiler import compile_image
@@ -67,6 +69,22 @@ def test_attention(dtype: str, dim: int, q_lens: list[int], causal: bool, target
     assert plan.kernels.attention.target == plan.kernels.merge.target == target
     assert plan.merge_workers
     batch.check(*attention(batch.q, batch.k, batch.v, plan=plan, page_table=batch.indices), base2=False, causal=causal)
+
+
+@pytest.mark.parametrize("window", [11, 300])
+@pytest.mark.parametrize("kind", ["decode", "paged"])
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("f32", None), ("bf16", None), ("f16", "e4m3"), ("bf16", "e5m2")])
+def test_every_option_at_once(dtype: str, kv_dtype: Optional[str], kind: str, window: int) -> None:
+    fp8 = {element: torch_dtype for torch_dtype, element in FP8_ELEMENTS.items()}
+    if kv_dtype is not None and kv_dtype not in fp8:
+        pytest.skip("this torch has no fp8")
+    lengths = ([1, 1, 1] if kind == "decode" else [150, 0, 9], [700, 20, 2])
+    batch = Paged(*lengths, dim=96, dim_vo=72, dtype=DTYPES[dtype], kv_dtype=fp8[kv_dtype] if kv_dtype else None)
+    call = Call(["window_left"], {"window_left": window}, {}, {"window_left": window})
+    for name in ("mask", "soft-cap", "alibi", "rope", "sinks", "q-tensor", "k-heads", "v-heads"):
+        add_option(call, name, batch)
+    assert not lacks(batch, call)
+    check(kind, batch, call)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
