@@ -129,7 +129,7 @@ class Attention:
     def rows_of_a_copy(self) -> int:
         """Count the rows of K and V that all threads copy at once: see kRowsPerPass in tile.cuh."""
         chunks = [columns * ELEMENT_BYTES[self.kv_dtype] // 16 for columns in (self.head_dim, self.head_dim_vo)]
-        return self.threads // math.gcd(*chunks, 32)
+        return self.threads // math.gcd(*chunks, 16 if self.threads > 8 * self.kv_tile else 8)
 
     @property
     def _extra_bytes(self) -> int:
@@ -372,10 +372,10 @@ def _cuda(target: str, dtype: str, kv_dtype: str, dims: Tuple[int, int], tile_ro
         # Rows are dealt to four warps: at 128 rows each has 32, and reads K and V from shared memory half as often as
         # eight warps of 16 would. At 128 columns, General's options need the registers that so many rows take.
         warps = 8 if tile_rows == 128 and (narrow or dims[1] == 128) and scores != "Plain" else 4
-        # Beside so large an output 64 keys fit 255 registers on sm_90 alone, at 128 columns; elsewhere they spill.
-        fits = warps == 8 or (target.startswith("sm_90") and dims[1] == 128)
-        crowded = tile_rows * dims[1] >= 128 * 96 and not fits
-        choices = tuple((kv_tile, warps) for kv_tile in ((32, 16) if crowded else (64, 32, 16)))
+        # Beside so large an output 64 keys do not fit into 255 registers; 48 do on some architectures, at 128 columns.
+        crowded = tile_rows * dims[1] >= 128 * 96 and warps == 4
+        most = 48 if dims[1] == 128 and target in ("sm_80", "sm_90", "sm_90a") else 32
+        choices = tuple((kv_tile, warps) for kv_tile in ((most, 16) if crowded else (64, 32, 16)))
     for kv_tile, warps in choices:
         variant = Attention(dtype, kv_dtype, *dims, tile_rows, kv_tile, warps, scores)
         if variant.shared_bytes <= SHARED_LIMITS[target] and kv_tile % variant.rows_of_a_copy == 0:

@@ -15,65 +15,84 @@
 namespace flashinfer {
 namespace attention {
 
-// S = Q K^T for this warp's rows and keys.
+// S = Q K^T for this warp's rows and keys. Fragments are loaded one block before they are used.
 template <typename T, typename Tile, typename Keys>
 __device__ void score(Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], typename Tile::Queries q, Keys k,
                       int first_row, int first_key, int lane) {
-#pragma unroll
-  for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
-    FragmentA rows[Tile::kRowBlocks];
-#pragma unroll
-    for (int r = 0; r < Tile::kRowBlocks; ++r) {
-      if constexpr (Keys::kChunkElements == 16) {
-        q.load_fours(rows[r], first_row + 16 * r, step, lane);
-      } else {
-        q.load(rows[r], first_row + 16 * r, step, lane);
-      }
+  constexpr int kSteps = Tile::kHeadDim / 16;
+  constexpr int kPairs = Tile::kKeyBlocks / 2;
+  FragmentA rows[2][Tile::kRowBlocks];
+  FragmentB keys[2][2];
+  const auto load_rows = [&](int r, int step) {
+    if constexpr (Keys::kChunkElements == 16) {
+      q.load_fours(rows[step % 2][r], first_row + 16 * r, step, lane);
+    } else {
+      q.load(rows[step % 2][r], first_row + 16 * r, step, lane);
     }
+  };
 #pragma unroll
-    for (int block = 0; block < Tile::kKeyBlocks; block += 2) {
-      FragmentB keys[2];
-      k.load_transposed(keys, first_key + 8 * block, step, lane);
+  for (int r = 0; r < Tile::kRowBlocks; ++r) load_rows(r, 0);
+  k.load_transposed(keys[0], first_key, 0, lane);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int i = step * kPairs + pair;
+      const int next = i + 1;
+      if (next < kSteps * kPairs) {
+        k.load_transposed(keys[next % 2], first_key + next % kPairs * 16, next / kPairs, lane);
+      }
 #pragma unroll
       for (int r = 0; r < Tile::kRowBlocks; ++r) {
-        mma<T>(s[r][block], rows[r], keys[0]);
-        mma<T>(s[r][block + 1], rows[r], keys[1]);
+        if (pair == 0 && step + 1 < kSteps) load_rows(r, step + 1);
+        mma<T>(s[r][2 * pair], rows[step % 2][r], keys[i % 2][0]);
+        mma<T>(s[r][2 * pair + 1], rows[step % 2][r], keys[i % 2][1]);
       }
     }
   }
 }
 
-// O += P V for this warp's rows and keys.
+// P = exp(S - m); l += rowsum(P); O += P V for this warp's rows and keys. Exponentials of the next 16 keys are taken
+// while the tensor cores multiply those of the last.
 template <typename T, typename Tile>
-__device__ void accumulate(Accumulator (&o)[Tile::kRowBlocks][Tile::kDimBlocks],
+__device__ void accumulate(Accumulator (&o)[Tile::kRowBlocks][Tile::kDimBlocks], RowState (&state)[Tile::kRowBlocks],
                            const Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], typename Tile::Values v,
-                           int first_key, int lane) {
+                           int first_key, int lane, float scale) {
+  constexpr int kSteps = Tile::kWarpKeys / 16;
+  constexpr int kPairs = Tile::kDimBlocks / 2;
+  FragmentA weights[2][Tile::kRowBlocks];
+  FragmentB values[2][2];
+  v.load(values[0], first_key, 0, lane);
 #pragma unroll
-  for (int step = 0; step < Tile::kWarpKeys / 16; ++step) {
-    FragmentA weights[Tile::kRowBlocks];
+  for (int r = 0; r < Tile::kRowBlocks; ++r) weights[0][r] = probabilities<T>(s[r][0], s[r][1], state[r], scale);
 #pragma unroll
-    for (int r = 0; r < Tile::kRowBlocks; ++r) weights[r] = probabilities<T>(s[r][2 * step], s[r][2 * step + 1]);
+  for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-    for (int block = 0; block < Tile::kDimBlocks; block += 2) {
-      FragmentB values[2];
-      v.load(values, first_key + 16 * step, block / 2, lane);
+    for (int r = 0; r < Tile::kRowBlocks && step + 1 < kSteps; ++r) {
+      weights[(step + 1) % 2][r] = probabilities<T>(s[r][2 * step + 2], s[r][2 * step + 3], state[r], scale);
+    }
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int i = step * kPairs + pair;
+      const int next = i + 1;
+      if (next < kSteps * kPairs) v.load(values[next % 2], first_key + next / kPairs * 16, next % kPairs, lane);
 #pragma unroll
       for (int r = 0; r < Tile::kRowBlocks; ++r) {
-        mma<T>(o[r][block], weights[r], values[0]);
-        mma<T>(o[r][block + 1], weights[r], values[1]);
+        mma<T>(o[r][2 * pair], weights[step % 2][r], values[i % 2][0]);
+        mma<T>(o[r][2 * pair + 1], weights[step % 2][r], values[i % 2][1]);
       }
     }
   }
 }
 
-// m' = max(m, rowmax(S)); P = exp(S - m'); l = l exp(m - m') + rowsum(P); O = O exp(m - m').
+// m' = max(m, rowmax(S)); l = l exp(m - m'); O = O exp(m - m').
 template <typename Tile>
-__device__ void rescale(Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], RowState (&state)[Tile::kRowBlocks],
+__device__ void rescale(const Accumulator (&s)[Tile::kRowBlocks][Tile::kKeyBlocks], RowState (&state)[Tile::kRowBlocks],
                         Accumulator (&o)[Tile::kRowBlocks][Tile::kDimBlocks], float scale) {
 #pragma unroll
   for (int r = 0; r < Tile::kRowBlocks; ++r) {
     float correction[2];
-    softmax(s[r], state[r], scale, correction);
+    raise_max(s[r], state[r], scale, correction);
     // Late tiles seldom raise a maximum; multiplying by 1 is skipped exactly.
     if (!__any_sync(0xffffffff, correction[0] != 1.0f || correction[1] != 1.0f)) continue;
 #pragma unroll
@@ -124,20 +143,14 @@ __device__ void attend(const Work& work, int32_t index, Pipeline<Tile, Scores>& 
   float scale;
   {
     const WorkItem item = work.at<Tile>(index);
-    const QueryRows queries{item, p.group};
     key = item.kv_begin;
     kv_end = item.kv_end;
+    const QueryRows queries(item, p.group);
     smallest_limit = queries.key_limit(0, p.causal);
     if (Scores::kGeneral) {
       largest_begin = p.mask != nullptr ? kv_end : window_begin(p, queries, queries.query(Tile::kRows - 1));
     }
     scale = logit_scale(p, item.kv_head);
-    // Copies are waited for with the first tile; of an item without one they would race with those of the next.
-    if (Tile::kQueryBuffers == 1 && key < kv_end) {
-      __syncthreads();  // all are done with the queries of the item before
-      load_queries<Tile, Scores>(p, queries, tile.q(0));
-      commit_copies();
-    }
     if (Tile::kQueryBuffers == 2 && key < kv_end) pipeline.buffer ^= 1;
   }
   RowState state[Tile::kRowBlocks];
@@ -174,22 +187,27 @@ __device__ void attend(const Work& work, int32_t index, Pipeline<Tile, Scores>& 
     }
     if (key + Tile::kKeys > smallest_limit || (Scores::kGeneral && key < largest_begin)) {
       const WorkItem item = work.at<Tile>(index);
-      const QueryRows queries{item, p.group};
+      const QueryRows queries(item, p.group);
+      const int lane_row = computed_here(first_row + lane / 4);
 #pragma unroll
       for (int r = 0; r < Tile::kRowBlocks; ++r) {
-        const int row = first_row + 16 * r + lane / 4;
+        const int row = lane_row + 16 * r;
         const int32_t limit[2] = {queries.key_limit(row, p.causal), queries.key_limit(row + 8, p.causal)};
         mask_scores(s[r], limit, key + first_key, lane);
         if (Scores::kGeneral && key < largest_begin) mask_more(p, queries, s[r], row, key + first_key, lane);
       }
     }
     rescale<Tile>(s, state, o, exponent_scale);
-    accumulate<Operand, Tile>(o, s, tile.v(pipeline.stage), first_key, lane);
+    accumulate<Operand, Tile>(o, state, s, tile.v(pipeline.stage), first_key, lane, exponent_scale);
     pipeline.stage ^= 1;
   }
 
   const WorkItem item = work.at<Tile>(index);
-  const QueryRows queries{item, p.group};
+  const QueryRows queries(item, p.group);
+  if (Tile::kQueryBuffers == 1 && item.kv_begin < item.kv_end) {
+    __syncwarp();  // a warp's queries are its own: those of the next item may take their place
+    work.load_queries<Tile, Scores>(work.after(index), tile.q(0));
+  }
 #pragma unroll
   for (int r = 0; r < Tile::kRowBlocks; ++r) {
     for (int half = 0; half < 2; ++half) state[r].sum[half] = quad_sum(state[r].sum[half]);
@@ -207,11 +225,12 @@ template <typename T, typename Tile, typename Scores>
 __global__ void __launch_bounds__(Tile::kThreads, Scores::kMinCtas)
     attention(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(128) uint8_t shared[];
-  const Work work(p);
+  const Work work{p};
   if constexpr (Scores::kRotates) rotation_begins(p, SharedTile<Tile>{shared});
   Pipeline<Tile, Scores> pipeline{{shared}, KeyStream<Tile, Scores>(work)};
   pipeline.stream.load(pipeline.tile, 0);
-  for (int32_t i = work.index; i < work.end; i += work.step) attend<T, Tile, Scores>(work, i, pipeline);
+  if (Tile::kQueryBuffers == 1) work.load_queries<Tile, Scores>(work.begin(), pipeline.tile.q(0));
+  for (int32_t i = work.begin(); i < work.end(); i = work.after(i)) attend<T, Tile, Scores>(work, i, pipeline);
 }
 
 }  // namespace attention

@@ -89,12 +89,16 @@ __device__ void store_row(const MergeParams& p, const MergeItem& item, int32_t r
     if (column >= p.head_dim_vo) break;
     const uint32_t pairs[2] = {pack<T>(sum.columns[i].x, sum.columns[i].y),
                                pack<T>(sum.columns[i].z, sum.columns[i].w)};
-    for (int j = 0; j < 4; ++j) o[column + j] = static_cast<uint16_t>(pairs[j / 2] >> (16 * (j % 2)));
+    if (reinterpret_cast<uint64_t>(o) % 8 == 0) {
+      *reinterpret_cast<uint2*>(o + column) = {pairs[0], pairs[1]};
+    } else {
+      for (int j = 0; j < 4; ++j) o[column + j] = static_cast<uint16_t>(pairs[j / 2] >> (16 * (j % 2)));
+    }
   }
 }
 
-// Grid: one CTA a worker, any number; 128 threads. A warp takes a row of a large tile. A small tile means decoding,
-// whose few rows have many pieces: there the warps of a CTA share a row.
+// Grid: one CTA a worker, any number; 128 threads. A warp takes a row of a large tile.
+// A small tile means decoding, whose few rows have many pieces: there the warps of a CTA share a row.
 template <typename T>
 __global__ void __launch_bounds__(32 * kMergeWarps) merge(const __grid_constant__ MergeParams p) {
   __shared__ float4 exchange[kMergeWarps][32];

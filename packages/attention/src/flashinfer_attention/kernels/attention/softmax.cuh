@@ -20,9 +20,9 @@ __device__ inline RowState empty_rows() { return {{negative_infinity(), negative
 // The exponent's zero point: a row that has seen no key must not compute -inf - -inf.
 __device__ inline float finite_or_zero(float max) { return max == negative_infinity() ? 0.0f : max; }
 
-// Turn scores into exp2(scale * s - max), update the state and return what earlier results must be multiplied by.
+// Raise the state's maxima to those of the scores and return what earlier results must be multiplied by.
 template <int kKeyBlocks>
-__device__ void softmax(Accumulator (&s)[kKeyBlocks], RowState& state, float scale, float (&correction)[2]) {
+__device__ void raise_max(const Accumulator (&s)[kKeyBlocks], RowState& state, float scale, float (&correction)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float largest = negative_infinity();
@@ -31,27 +31,26 @@ __device__ void softmax(Accumulator (&s)[kKeyBlocks], RowState& state, float sca
       largest = fmaxf(largest, fmaxf(s[block].x[2 * half], s[block].x[2 * half + 1]));
     }
     const float max = fmaxf(state.max[half], quad_max(largest) * scale);
-    const float zero = finite_or_zero(max);
-    correction[half] = exp2_approx(state.max[half] - zero);
-    float sum = 0.0f;
-#pragma unroll
-    for (int block = 0; block < kKeyBlocks; ++block) {
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        s[block].x[i] = exp2_approx(fmaf(s[block].x[i], scale, -zero));
-        sum += s[block].x[i];
-      }
-    }
+    correction[half] = exp2_approx(state.max[half] - finite_or_zero(max));
     state.max[half] = max;
-    state.sum[half] = state.sum[half] * correction[half] + sum;
+    state.sum[half] *= correction[half];
   }
 }
 
-// Two neighbouring score accumulators as operand A of P V.
+// P = exp2(scale * s - max) of 16 keys as operand A of P V. Their sum goes to the state, before they are rounded.
 template <typename T>
-__device__ FragmentA probabilities(const Accumulator& low, const Accumulator& high) {
-  return {{pack<T>(low.x[0], low.x[1]), pack<T>(low.x[2], low.x[3]), pack<T>(high.x[0], high.x[1]),
-           pack<T>(high.x[2], high.x[3])}};
+__device__ FragmentA probabilities(const Accumulator& low, const Accumulator& high, RowState& state, float scale) {
+  float p[2][4];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float zero = finite_or_zero(state.max[half]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      p[half][i] = exp2_approx(fmaf((i < 2 ? low : high).x[2 * half + i % 2], scale, -zero));
+    }
+    state.sum[half] += (p[half][0] + p[half][1]) + (p[half][2] + p[half][3]);
+  }
+  return {{pack<T>(p[0][0], p[0][1]), pack<T>(p[1][0], p[1][1]), pack<T>(p[0][2], p[0][3]), pack<T>(p[1][2], p[1][3])}};
 }
 
 // The natural log-sum-exp of a row; -inf where it has seen no key.

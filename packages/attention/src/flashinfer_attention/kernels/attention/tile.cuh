@@ -6,6 +6,7 @@
 
 #include "attention/params.h"
 #include "core/fp8.cuh"
+#include "core/math.cuh"
 #include "core/mma.cuh"
 
 namespace flashinfer {
@@ -38,9 +39,18 @@ struct SharedRows {
     return static_cast<Element*>(chunk(row, column / kChunkElements)) + column % kChunkElements;
   }
 
+  // The shared address of half a row of the 16 x 16 block at `row`, a multiple of 16, and column 16 * step. A swizzled
+  // chunk's place depends on three bits of row and chunk only, and matrices begin at a multiple of 128 bytes: so what
+  // depends on the lane is computed once, and leads to all blocks by constants.
+  __device__ uint32_t block(int row, int lane_row, int half, int step) const {
+    const uint32_t first = shared_address(data) + (lane_row * kPitch + (kSwizzled ? half ^ (lane_row & 7) : half)) * 16;
+    const int offset = row * kPitch * 16;
+    return kSwizzled ? (first ^ (step % 4 * 32)) + step / 4 * 128 + offset : first + step * 32 + offset;
+  }
+
   // Rows [row, row + 16) and columns [16 * step, +16) as operand A.
   __device__ void load(FragmentA& a, int row, int step, int lane) const {
-    load_matrix(a.x, chunk(row + lane % 16, 2 * step + lane / 16));
+    load_matrix(a.x, block(row, lane % 16, lane / 16, step));
   }
 
   // The same for operands B that are loaded from 8-bit rows: lane l has columns 4 * (l % 4) to 4 * (l % 4) + 3.
@@ -54,7 +64,7 @@ struct SharedRows {
   // The transpose of rows [row, row + 16) and columns [16 * step, +16) as two operands B of 8 columns: Q K^T.
   __device__ void load_transposed(FragmentB (&b)[2], int row, int step, int lane) const {
     uint32_t x[4];
-    load_matrix(x, chunk(row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+    load_matrix(x, block(row, lane % 8 + lane / 16 * 8, lane / 8 % 2, step));
     b[0] = {x[0], x[1]};
     b[1] = {x[2], x[3]};
   }
@@ -62,7 +72,7 @@ struct SharedRows {
   // Rows [row, row + 16) and columns [16 * block, +16) as two operands B of 8 columns: P V.
   __device__ void load(FragmentB (&b)[2], int row, int block, int lane) const {
     uint32_t x[4];
-    load_matrix_transposed(x, chunk(row + lane % 16, 2 * block + lane / 16));
+    load_matrix_transposed(x, this->block(row, lane % 16, lane / 16, block));
     b[0] = {x[0], x[1]};
     b[1] = {x[2], x[3]};
   }
@@ -91,7 +101,7 @@ struct SharedRows<Element, kColumns, true> : SharedRows<Element, kColumns, false
   // Q K^T: a lane's terms are columns 4 * (l % 4) to + 3 of a row, for which Q is loaded by `load_fours`.
   __device__ void load_transposed(FragmentB (&b)[2], int row, int step, int lane) const {
     uint32_t x[2];
-    load_matrix(x, this->chunk(row + lane % 16, step));
+    load_matrix(x, shared_address(this->chunk(row + lane % 16, step)));
     for (int i = 0; i < 2; ++i)
       b[i] = {{Fp8<Element>::template pair<0, 1>(x[i]), Fp8<Element>::template pair<2, 3>(x[i])}};
   }
@@ -100,7 +110,7 @@ struct SharedRows<Element, kColumns, true> : SharedRows<Element, kColumns, false
   // the odd ones; `deal_columns` brings their results together.
   __device__ void load(FragmentB (&b)[2], int row, int block, int lane) const {
     uint32_t x[2];
-    load_matrix_transposed(x, this->chunk(row + lane % 16, block));
+    load_matrix_transposed(x, shared_address(this->chunk(row + lane % 16, block)));
     b[0] = {{Fp8<Element>::template pair<0, 2>(x[0]), Fp8<Element>::template pair<0, 2>(x[1])}};
     b[1] = {{Fp8<Element>::template pair<1, 3>(x[0]), Fp8<Element>::template pair<1, 3>(x[1])}};
   }
@@ -131,8 +141,10 @@ struct Tile {
   static constexpr int kKeyBlocks = kWarpKeys / 8;                // 8-key accumulators of a warp
   static constexpr int kDimBlocks = kHeadDimVo / 8;               // 8-column accumulators of the output
 
-  // As many neighbouring lanes copy a row of K as one of V, so that one lane finds both.
-  static constexpr int kAnyChunks = Keys::kChunks | Values::kChunks | 32;
+  // As many neighbouring lanes copy a row of K as one of V, so that one lane finds both: at most eight, whose request
+  // is a line, so that what a row costs is paid for several chunks. Sixteen where there are more threads than that
+  // needs.
+  static constexpr int kAnyChunks = Keys::kChunks | Values::kChunks | (kThreads > 8 * kKeys ? 16 : 8);
   static constexpr int kLanesPerRow = kAnyChunks & -kAnyChunks;  // the largest power of two that divides them
   static constexpr int kRowsPerWarpPass = 32 / kLanesPerRow;
   static constexpr int kRowsPerPass = kWarps * kRowsPerWarpPass;
@@ -175,17 +187,32 @@ struct SharedTile {
                 "the values fit a stage");
 };
 
+// Divides packed rows by the heads of a group, which mostly are a power of two.
+struct Group {
+  int32_t size;
+  int32_t shift;  // -1: `size` is no power of two
+
+  __device__ explicit Group(int32_t heads)
+      : size(computed_here(heads)), shift(size & (size - 1) ? -1 : 31 - __clz(size)) {}
+
+  __device__ int32_t query(int32_t row) const { return shift >= 0 ? row >> shift : row / size; }
+};
+
 // The query rows of one work item: packed row r is query r / group, head r % group of the KV head.
 struct QueryRows {
   const WorkItem& item;
-  const int32_t& group;
+  Group group;
+
+  __device__ QueryRows(const WorkItem& work_item, int32_t heads) : item(work_item), group(heads) {}
 
   // Rows past the last of the request are computed with the others of the tile, and left out.
-  __device__ bool exists(int row) const { return item.row_begin + row < item.q_len * group; }
-  __device__ int32_t query(int row) const { return (item.row_begin + row) / group; }
+  __device__ bool exists(int row) const { return item.row_begin + row < item.q_len * group.size; }
+  __device__ int32_t query(int row) const { return group.query(item.row_begin + row); }
   __device__ int32_t position(int32_t query) const { return query + item.kv_len - item.q_len; }
   __device__ int64_t token(int row) const { return static_cast<int64_t>(item.q_start) + query(row); }
-  __device__ int32_t head(int row) const { return item.kv_head * group + (item.row_begin + row) % group; }
+  __device__ int32_t head(int row) const {
+    return item.kv_head * group.size + item.row_begin + row - query(row) * group.size;
+  }
 
   // One past the last key that the row sees in this piece.
   __device__ int32_t key_limit(int row, int32_t causal) const {

@@ -10,6 +10,13 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ inline float negative_infinity() { return __int_as_float(0xff800000); }
 
+// The same number, from which nothing can be computed earlier than here: what a compiler would move out of a loop, such
+// as the reciprocal of a divisor, would keep a register all through it.
+__device__ inline int32_t computed_here(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2^x to 2 ulp; 0 for -inf.
 __device__ inline float exp2_approx(float x) {
   float y;

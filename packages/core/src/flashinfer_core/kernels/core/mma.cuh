@@ -53,34 +53,34 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Four 8x8 blocks; lane l names the address of row l % 8 of block l / 8.
-__device__ inline void load_matrix(uint32_t (&x)[4], const void* row) {
+// Four 8x8 blocks; lane l names the shared address of row l % 8 of block l / 8.
+__device__ inline void load_matrix(uint32_t (&x)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
 // Two blocks; lanes 0 to 15 name their rows.
-__device__ inline void load_matrix(uint32_t (&x)[2], const void* row) {
+__device__ inline void load_matrix(uint32_t (&x)[2], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
                : "=r"(x[0]), "=r"(x[1])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
 // The same with every block transposed.
-__device__ inline void load_matrix_transposed(uint32_t (&x)[4], const void* row) {
+__device__ inline void load_matrix_transposed(uint32_t (&x)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
-__device__ inline void load_matrix_transposed(uint32_t (&x)[2], const void* row) {
+__device__ inline void load_matrix_transposed(uint32_t (&x)[2], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
                : "=r"(x[0]), "=r"(x[1])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
