@@ -253,3 +253,27 @@ def plan_rows(batch: Paged, width: int) -> Any:
         dtype=batch.dtype,
         device=batch.device,
     )
+
+
+@pytest.mark.parametrize("form", ["csr", "rows"])
+def test_a_cpu_reads_the_table_before_every_run(form: str) -> None:
+    """An accepted call is remembered; what its table holds may have changed since."""
+    q, (k, v) = torch.randn(2, 4, 64), torch.randn(2, 8, 16, 2, 64)
+    table = torch.tensor([0, 1, 2, 3] if form == "csr" else [[0, 1], [2, 3]], dtype=torch.int32)
+    shape: Any = {"kv_indptr": torch.tensor([0, 2, 4], dtype=torch.int32)} if form == "csr" else {"max_pages": 2}
+    plan = plan_attention(
+        q_indptr=torch.tensor([0, 1, 2], dtype=torch.int32),
+        kv_len=torch.tensor([20, 30], dtype=torch.int32),
+        num_qo_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        page_size=16,
+        dtype=torch.float32,
+        device="cpu",
+        **shape,
+    )
+    for _ in range(2):
+        attention(q, k, v, plan=plan, page_table=table)
+    table.view(-1)[3] = 8
+    with pytest.raises(InvalidArgumentError, match=r"page_table names page 8 as page 1 of request 1, .* 8 pages"):
+        attention(q, k, v, plan=plan, page_table=table)
