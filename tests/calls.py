@@ -147,4 +147,8 @@ def dtypes_on(device: str) -> List[torch.dtype]:
 
 def lacks(batch: Paged, call: Call) -> bool:
     """Say whether the batch's device has no kernel for what the call wants."""
+    # 64 rows of 256 columns, or 16 of 512, and a step of keys are all that sm_75 holds: no room for turns.
+    crowded = batch.dim > (192 if max(batch.q_lens) * batch.heads // batch.kv_heads > 16 else 256)
+    if batch.device != "cpu" and "rope" in call.wants and crowded and lacks_bfloat16(torch.device(batch.device, 0)):
+        return True
     return not set(call.wants) <= SUPPORT["cpu" if batch.device == "cpu" else "cuda"].options

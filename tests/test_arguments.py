@@ -372,7 +372,7 @@ def test_page_tables_are_checked_on_a_gpu_when_asked(page: int, device: str, mon
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dim", "dtype", "option"),
-    [(80, torch.float16, "head_dim"), (512, torch.float16, "head_dim"), (64, torch.float32, "dtype")],
+    [(264, torch.float16, "head_dim"), (512, torch.float16, "head_dim"), (64, torch.float32, "dtype")],
 )
 def test_gpu_limits(dim: int, dtype: torch.dtype, option: str) -> None:
     with pytest.raises(UnsupportedOptionError, match=f"^{option}="):

@@ -49,7 +49,7 @@ def test_the_plan_is_that_of_the_host(
     batch = Paged(q_lens, kv_lens, device="cuda")
     tables = (batch.q_indptr, batch.indptr, batch.kv_len)
     # The bound of a deterministic plan does not know the lengths.
-    size = (1 << 30) if deterministic else (1 << 22)
+    size = (1 << 31) if deterministic else (1 << 22)
     options = {"deterministic": deterministic, "max_q_len": max_q_len, "max_tokens": sum(q_lens)}
     results = []
     for where in ("cpu", "cuda"):

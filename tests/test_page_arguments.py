@@ -48,6 +48,7 @@ BAD_APPENDS = {
         InvalidArgumentError,
         r"elements of paged_kv_cache share memory: .*\nallocate it with torch\.empty",
     ),
+    "cache-empty-pages": ({"paged_kv_cache": torch.zeros(4, 2, 0, 2, 64)}, InvalidArgumentError, "at least one token"),
     "values-expanded": (
         {"paged_kv_cache": [torch.zeros(1, 16, 2, 64).expand(4, 16, 2, 64)] * 2},
         InvalidArgumentError,

@@ -8,10 +8,15 @@ from typing import Any, Dict
 import pytest
 import torch
 
-from flashinfer_attention import supports, why_not
+from flashinfer_attention import launch, supports, why_not
 from flashinfer_attention.support import OPTIONS, table
 from flashinfer_attention.variants import SUPPORT
-from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError
+from flashinfer_core.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    MissingImageError,
+    UnsupportedOptionError,
+)
 from flashinfer_core.targets import TARGETS
 
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
@@ -19,6 +24,28 @@ PAGE = Path(__file__).parents[1] / "docs" / "support.md"
 
 def test_the_page_is_what_the_table_says() -> None:
     assert PAGE.read_text() == table(), "write table() to docs/support.md"
+
+
+@pytest.mark.parametrize("target", ["sm_90", "compute_75"])
+def test_a_gpu_that_holds_a_tile_is_not_refused_for_an_older_one(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: Dict[str, Any] = {}
+
+    def load(factory: Any, where: Any) -> Any:
+        del where
+        asked.update({name: factory(name) for name in dict.fromkeys((target, "compute_75"))})
+        if not any(asked.values()):
+            raise MissingImageError("none")
+        return asked
+
+    monkeypatch.setattr(launch, "load", load)
+    key = launch._Key("f16", "f16", 256, 256, 64, 0, "", general=True, rotary=True)
+    if target == "compute_75":
+        with pytest.raises(UnsupportedOptionError, match="RoPE on compute_75"):
+            launch._attention.__wrapped__(key)
+    else:
+        launch._attention.__wrapped__(key)
+        assert asked["sm_90"] is not None
+        assert asked["compute_75"] is None
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -89,6 +89,12 @@ def test_workspaces() -> None:
         workspace_bytes(num_qo_heads=5, num_kv_heads=2, head_dim=64, device="cpu")
 
 
+def test_workspace_bytes_count_the_threads_that_plans_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape: Dict[str, Any] = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 64, "device": "cpu"}
+    monkeypatch.setenv("FLASHINFER_NUM_THREADS", "8")
+    assert workspace_bytes(**shape) == workspace_bytes(**shape, num_sms=8)
+
+
 @pytest.mark.parametrize("name", ["qo_indptr_buf", "kv_indptr_buf"])
 def test_graph_buffers_of_prefill(name: str) -> None:
     """All say the same number of requests, and are refused before any of them is written."""

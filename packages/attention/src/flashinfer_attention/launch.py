@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from typing import Any, NamedTuple, Optional, Tuple, Type, Union, cast
+from typing import Any, List, NamedTuple, Optional, Tuple, Type, Union, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from flashinfer_attention.variants import (
     choose_merge,
 )
 from flashinfer_core import settings
+from flashinfer_core.errors import MissingImageError, UnsupportedOptionError
 from flashinfer_core.kernel import Kernel, load
 from flashinfer_core.params import structure
 from flashinfer_core.planner import useful_partial_rows
@@ -100,21 +101,35 @@ def load_kernels(problem: Problem, max_rows: int) -> Kernels:
 # `load` keeps the kernels; these keep which of them a problem gets, as `single` asks in every call.
 @lru_cache(maxsize=None)
 def _attention(key: _Key) -> Kernel:
+    refused: List[UnsupportedOptionError] = []
+    offered: List[str] = []
+
     def variant_for(target: str) -> Optional[AnyVariant]:
         if key.dtype == "bf16" and target.endswith("_75"):
             return None
-        return choose(
-            target,
-            dtype=key.dtype,
-            kv_dtype=key.kv_dtype,
-            head_dim=key.head_dim,
-            head_dim_vo=key.head_dim_vo,
-            max_rows=key.max_rows,
-            general=key.general,
-            rotary=key.rotary,
-        )
+        try:
+            variant = choose(
+                target,
+                dtype=key.dtype,
+                kv_dtype=key.kv_dtype,
+                head_dim=key.head_dim,
+                head_dim_vo=key.head_dim_vo,
+                max_rows=key.max_rows,
+                general=key.general,
+                rotary=key.rotary,
+            )
+        except UnsupportedOptionError as error:  # an older target may hold less than the GPU's own
+            refused.append(error)
+            return None
+        offered.append(target)
+        return variant
 
-    return load(variant_for, key.where)
+    try:
+        return load(variant_for, key.where)
+    except MissingImageError:
+        if refused and not offered:
+            raise refused[0] from None
+        raise
 
 
 @lru_cache(maxsize=None)

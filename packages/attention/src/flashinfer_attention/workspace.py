@@ -17,6 +17,7 @@ from flashinfer_attention.launch import Kernels, Partial, fixed_piece, partial_b
 from flashinfer_attention.staging import Slot, Staging
 from flashinfer_attention.variants import CPU_WORKERS_PER_THREAD, SHARED_LIMITS, AnyAttention, Attention, choose
 from flashinfer_core import planner
+from flashinfer_core.device import num_threads
 from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, WorkspaceError
 
 
@@ -195,9 +196,7 @@ def workspace_bytes(
     where = torch.device(device)
     if num_sms is None:
         num_sms = (
-            torch.get_num_threads()
-            if where.type == "cpu"
-            else torch.cuda.get_device_properties(where).multi_processor_count
+            num_threads() if where.type == "cpu" else torch.cuda.get_device_properties(where).multi_processor_count
         )
     vo = head_dim if head_dim_vo is None else head_dim_vo
     problem = Problem(num_qo_heads, num_kv_heads, head_dim, vo, False, torch.float16, torch.float16, where)

@@ -133,6 +133,8 @@ def _check(
     kv_last_page_len: torch.Tensor,
 ) -> None:
     check_runs("paged_kv_cache", cache.device)
+    if cache.page_size < 1:
+        raise InvalidArgumentError("the pages of paged_kv_cache must have at least one token, got none")
     shape = (None, cache.heads, cache.head_dim)
     check_tensor("append_key", append_key, shape, device=cache.device)
     check_tensor("append_value", append_value, append_key.shape, append_key.dtype, cache.device)
