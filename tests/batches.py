@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import pytest
 import torch
 
 import reference
+from flashinfer_attention import plan_attention
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 CPU_HEAD_DIMS = (8, 24, 64, 80, 128, 256)
@@ -116,6 +117,22 @@ class Paged:
         reference.assert_close(o.cpu(), expected_o, self.dtype)
         natural = lse.cpu().double() * (math.log(2.0) if base2 else 1.0)
         reference.assert_lse_close(natural, expected_lse, rounded)
+
+
+def plan_of(batch: Paged, **options: Any) -> Any:
+    """Return the native plan of a batch; `options` are those of plan_attention, lengths included."""
+    arguments: Dict[str, Any] = {
+        "q_indptr": batch.q_indptr,
+        "kv_indptr": batch.indptr,
+        "kv_len": batch.kv_len,
+        "num_qo_heads": batch.heads,
+        "num_kv_heads": batch.kv_heads,
+        "head_dim": batch.dim,
+        "page_size": batch.page_size,
+        "dtype": batch.dtype,
+        "device": batch.device,
+    }
+    return plan_attention(**{**arguments, **options})
 
 
 def poisoned(shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:

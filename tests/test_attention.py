@@ -10,27 +10,12 @@ import pytest
 import torch
 
 import reference
-from batches import HUGE, Paged, poisoned, where
+from batches import HUGE, Paged, plan_of, poisoned, where
 from flashinfer_attention import Workspace, attention, plan_attention, single, variants, workspace_bytes
 from flashinfer_core.errors import InvalidArgumentError, WorkspaceError
 from flashinfer_core.targets import TARGETS
 
 MASKS = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-
-
-def plan(batch: Paged, **options: Any) -> Any:
-    return plan_attention(
-        q_indptr=batch.q_indptr,
-        kv_indptr=batch.indptr,
-        kv_len=batch.kv_len,
-        num_qo_heads=batch.heads,
-        num_kv_heads=batch.kv_heads,
-        head_dim=batch.dim,
-        page_size=batch.page_size,
-        dtype=batch.dtype,
-        device=batch.device,
-        **options,
-    )
 
 
 def run(batch: Paged, planned: Any, **options: Any) -> Any:
@@ -42,14 +27,14 @@ def run(batch: Paged, planned: Any, **options: Any) -> Any:
 @pytest.mark.parametrize(("device", "dtype", "dim"), where(dims=(64, 128)))
 def test_lse_is_natural(device: str, dtype: torch.dtype, dim: int, causal: bool) -> None:
     batch = Paged([40, 1, 0, 3], [50, 1000, 5, 0], dtype=dtype, dim=dim, device=device)
-    batch.check(*run(batch, plan(batch, causal=causal)), base2=False, causal=causal)
+    batch.check(*run(batch, plan_of(batch, causal=causal)), base2=False, causal=causal)
 
 
 def test_outputs_are_written_in_place(device: str) -> None:
     batch = Paged([40, 1], [50, 1000], device=device)
     out = batch.q.new_full((41, batch.heads + 1, batch.dim + 8), math.nan)[:, 1:, :-8]
     lse = poisoned(batch.q.shape[:2], torch.float32, device)
-    got = run(batch, plan(batch), out=out, lse=lse)
+    got = run(batch, plan_of(batch), out=out, lse=lse)
     assert got[0] is out
     assert got[1] is lse
     batch.check(out, lse, base2=False)
@@ -78,7 +63,7 @@ def test_keys_and_values_of_different_strides(device: str) -> None:
     batch = Paged([2, 1], [100, 64], device=device)
     batch.v = batch.v.transpose(1, 2).contiguous().transpose(1, 2)
     assert batch.k.stride() != batch.v.stride()
-    batch.check(*run(batch, plan(batch)), base2=False)
+    batch.check(*run(batch, plan_of(batch)), base2=False)
 
 
 @MASKS
@@ -86,13 +71,13 @@ def test_keys_and_values_of_different_strides(device: str) -> None:
 def test_splits_adapt_to_the_workspace(device: str, rows: int, causal: bool) -> None:
     batch = Paged([1, 70], [6000, 3000], device=device)
     buffer = poisoned((256 + rows * 65,), torch.float32, device).view(torch.uint8)
-    batch.check(*run(batch, plan(batch, workspace=Workspace(buffer), causal=causal)), base2=False, causal=causal)
+    batch.check(*run(batch, plan_of(batch, workspace=Workspace(buffer), causal=causal)), base2=False, causal=causal)
 
 
 def test_nothing_is_written_behind_the_workspace(device: str) -> None:
     batch = Paged([1], [20_000], device=device)
     buffer = torch.zeros(200_000, dtype=torch.uint8, device=device)
-    planned = plan(batch, workspace=Workspace(buffer[:100_000]))
+    planned = plan_of(batch, workspace=Workspace(buffer[:100_000]))
     assert planned.merge_workers
     run(batch, planned)
     assert buffer[:100_000].any()
@@ -103,7 +88,7 @@ def test_more_than_workspace_bytes_splits_no_better(device: str) -> None:
     batch = Paged([1, 1], [20_000, 300], device=device)
     size = workspace_bytes(num_qo_heads=batch.heads, num_kv_heads=batch.kv_heads, head_dim=batch.dim, device=device)
     rows = [
-        plan(batch, workspace=Workspace(torch.empty(bytes_, dtype=torch.uint8, device=device))).partial.rows
+        plan_of(batch, workspace=Workspace(torch.empty(bytes_, dtype=torch.uint8, device=device))).partial.rows
         for bytes_ in (0, size // 2, size, 4 * size)
     ]
     assert rows[0] == 0 < rows[1] <= rows[2] == rows[3]
@@ -117,7 +102,7 @@ def test_workspace_bytes_asks_no_gpu() -> None:
 
 def test_a_plan_serves_many_runs_and_threads(device: str) -> None:
     batches = [Paged([1, 30], [3000, 64], seed=seed, device=device) for seed in range(4)]
-    plans = [plan(batch) for batch in batches]
+    plans = [plan_of(batch) for batch in batches]
     results: List[Any] = [None] * len(batches)
 
     def work(index: int) -> None:
@@ -136,7 +121,7 @@ def test_a_plan_serves_many_runs_and_threads(device: str) -> None:
 def test_a_plan_keeps_its_lengths(device: str) -> None:
     batch = Paged([1, 30], [300, 64], device=device)
     expected = batch.expected()
-    planned = plan(batch)
+    planned = plan_of(batch)
     batch.q_indptr.zero_()
     batch.indptr.zero_()
     o, _ = run(batch, planned)
@@ -146,13 +131,13 @@ def test_a_plan_keeps_its_lengths(device: str) -> None:
 def test_a_fixed_workspace_keeps_its_first_plan(device: str) -> None:
     workspace = Workspace(torch.empty(1 << 20, dtype=torch.uint8, device=device), fixed=True)
     first = Paged([30, 4], [400, 60], device=device)
-    plan(first, workspace=workspace)
+    plan_of(first, workspace=workspace)
     batch = Paged([0, 34], [3, 5000], device=device, seed=2)
-    batch.check(*run(batch, plan(batch, workspace=workspace)), base2=False)
+    batch.check(*run(batch, plan_of(batch, workspace=workspace)), base2=False)
     with pytest.raises(WorkspaceError, match=r"35 query tokens.*34"):
-        plan(Paged([30, 5], [400, 60], device=device), workspace=workspace)
+        plan_of(Paged([30, 5], [400, 60], device=device), workspace=workspace)
     with pytest.raises(InvalidArgumentError, match="CUDA graph"):
-        plan(Paged([1, 1], [4, 6], heads=8, device=device), workspace=workspace)
+        plan_of(Paged([1, 1], [4, 6], heads=8, device=device), workspace=workspace)
 
 
 @MASKS
@@ -236,7 +221,7 @@ def test_a_page_table_with_a_row_for_each_request(device: str) -> None:
     with pytest.raises(InvalidArgumentError, match="request 0 has 100 keys"):
         plan_rows(batch, 6)
     with pytest.raises(InvalidArgumentError, match="give either kv_indptr, or with pages max_pages"):
-        plan(batch, max_pages=width)
+        plan_of(batch, max_pages=width)
     with pytest.raises(InvalidArgumentError, match="more than int32 counts"):
         plan_rows(batch, 2**30)
 

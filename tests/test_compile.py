@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import flashinfer
-from batches import Paged
-from flashinfer_attention import attention, plan_attention, single
+from batches import Paged, plan_of
+from flashinfer_attention import attention, single
 from flashinfer_attention.ops import number_for
 from flashinfer_core.errors import InvalidArgumentError
 
@@ -28,20 +28,6 @@ def compiled(function: Callable[..., Any], graphs: List[Any]) -> Callable[..., A
         return torch._dynamo.backends.registry.lookup_backend("aot_eager")(graph, inputs)
 
     return torch.compile(function, backend=backend, fullgraph=True)
-
-
-def native_plan(batch: Paged) -> Any:
-    return plan_attention(
-        q_indptr=batch.q_indptr,
-        kv_indptr=batch.indptr,
-        kv_len=batch.kv_len,
-        num_qo_heads=batch.heads,
-        num_kv_heads=batch.kv_heads,
-        head_dim=batch.dim,
-        page_size=batch.page_size,
-        dtype=batch.dtype,
-        device=batch.device,
-    )
 
 
 def wrapper_for(batch: Paged) -> Any:
@@ -119,14 +105,14 @@ def test_native_attention(device: str) -> None:
 
     call = compiled(step, graphs)
     for batch in (*batches, *batches):
-        o, lse = call(batch.q, batch.k, batch.v, batch.indices.to(device), native_plan(batch))
+        o, lse = call(batch.q, batch.k, batch.v, batch.indices.to(device), plan_of(batch))
         batch.check(o, lse, base2=False)
     assert len(graphs) <= 2  # the number of the plan is a constant in the first, and an input from the second on
 
 
 def operators(device: str) -> Dict[str, Tuple[Any, Tuple[Any, ...]]]:
     batch = Paged([3, 1], [40, 20], device=device)
-    plan, wrapper = native_plan(batch), wrapper_for(batch)
+    plan, wrapper = plan_of(batch), wrapper_for(batch)
     scalars = (None, 0.0, False, False, 1.0, 1e4)
     scales = (None, None, None, None, None, None)
     q, k, v, table = batch.q, batch.k, batch.v, batch.indices.to(device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flashinfer_attention
-from batches import Paged
+from batches import Paged, plan_of
 from flashinfer_attention import Workspace, attention, workspace_bytes
 from flashinfer_core.errors import InvalidArgumentError, WorkspaceError
 
@@ -18,23 +18,6 @@ State = Tuple[torch.Tensor, torch.Tensor]
 # (q_len, kv_len): pieces and none, ends inside a page, more queries than keys, nothing to see.
 MIXED = [(1, 9000), (1, 1024), (1, 1025), (70, 4000), (3, 2), (1, 0), (0, 50), (40, 40), (1, 30_000), (5, 7777)]
 DECODES = [(1, kv_len) for kv_len in (9000, 1, 1024, 1025, 0, 40_000, 2047, 16)]
-
-
-def plan_of(batch: Paged, max_q_len: Optional[int], **options: Any) -> Any:
-    return flashinfer_attention.plan_attention(
-        q_indptr=batch.q_indptr,
-        kv_indptr=batch.indptr,
-        kv_len=batch.kv_len,
-        num_qo_heads=batch.heads,
-        num_kv_heads=batch.kv_heads,
-        head_dim=batch.dim,
-        page_size=batch.page_size,
-        dtype=batch.dtype,
-        device=batch.device,
-        deterministic=True,
-        max_q_len=max_q_len,
-        **options,
-    )
 
 
 class Requests:
@@ -52,7 +35,7 @@ class Requests:
         pages = [page for i in order for page in range(page_starts[i], page_starts[i + 1])]
         batch = Paged([self.lengths[i][0] for i in order], [self.lengths[i][1] for i in order], device=whole.device)
         table = whole.indices[torch.tensor(pages, dtype=torch.long, device=whole.indices.device)].to(whole.device)
-        plan = plan_of(batch, max_q_len, **options)
+        plan = plan_of(batch, deterministic=True, max_q_len=max_q_len, **options)
         q = whole.q[torch.tensor(rows, dtype=torch.long, device=whole.q.device)]
         o, lse = attention(q, whole.k, whole.v, plan=plan, page_table=table)
         starts = batch.q_indptr.tolist()
@@ -84,7 +67,7 @@ def test_bits_do_not_depend_on_the_batch(lengths: List[Tuple[int, int]], max_q_l
 
 def test_results_are_right_and_split(device: str) -> None:
     batch = Paged([q for q, _ in MIXED], [kv for _, kv in MIXED], device=device)
-    plan = plan_of(batch, None, causal=True)
+    plan = plan_of(batch, deterministic=True, causal=True)
     assert plan.merge_workers
     o, lse = attention(batch.q, batch.k, batch.v, plan=plan, page_table=batch.indices.to(device))
     batch.check(o, lse, causal=True, base2=False)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import flashinfer
-from batches import Paged
-from flashinfer_attention import Workspace, attention, device_plan, plan_attention
+from batches import Paged, plan_of
+from flashinfer_attention import Workspace, attention, device_plan
 from flashinfer_attention.checks import make_problem
 from flashinfer_attention.lengths import Lengths, Source
 from flashinfer_attention.plan import plan_lengths
@@ -23,21 +23,9 @@ BATCHES = [
 ]
 
 
-def plan_of(batch: Paged, *tables: torch.Tensor, **options: Any) -> Any:
-    q_indptr, kv_indptr, kv_len = tables
-    return plan_attention(
-        q_indptr=q_indptr,
-        kv_indptr=kv_indptr,
-        kv_len=kv_len,
-        num_qo_heads=batch.heads,
-        num_kv_heads=batch.kv_heads,
-        head_dim=batch.dim,
-        page_size=batch.page_size,
-        dtype=batch.dtype,
-        device=batch.device,
-        causal=True,
-        **options,
-    )
+def plan_at(batch: Paged, *tables: torch.Tensor, **options: Any) -> Any:
+    lengths = dict(zip(("q_indptr", "kv_indptr", "kv_len"), tables))
+    return plan_of(batch, **lengths, causal=True, **options)
 
 
 @pytest.mark.gpu
@@ -54,7 +42,7 @@ def test_the_plan_is_that_of_the_host(
     results = []
     for where in ("cpu", "cuda"):
         workspace = Workspace(torch.empty(size, dtype=torch.uint8, device="cuda"))
-        plan = plan_of(batch, *(table.to(where) for table in tables), workspace=workspace, **options)
+        plan = plan_at(batch, *(table.to(where) for table in tables), workspace=workspace, **options)
         assert (plan.lengths.source is not None) == (where == "cuda")
         o, lse = attention(batch.q, batch.k, batch.v, plan=plan, page_table=batch.indices.cuda())
         batch.check(o, lse, causal=True, base2=False)
@@ -96,7 +84,7 @@ def test_planning_waits_for_nothing(where: str) -> None:
 def test_a_batch_beyond_its_maxima_writes_nothing() -> None:
     batch = Paged([1, 3], [50, 60], device="cuda")
     tables = [table.cuda() for table in (batch.q_indptr, batch.indptr, batch.kv_len)]
-    plan = plan_of(batch, *tables, max_q_len=2, max_tokens=4)
+    plan = plan_at(batch, *tables, max_q_len=2, max_tokens=4)
     out = torch.full_like(batch.q, 7)
     attention(batch.q, batch.k, batch.v, plan=plan, page_table=batch.indices.cuda(), out=out)
     assert (out == 7).all()

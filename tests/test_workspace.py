@@ -10,8 +10,8 @@ import torch
 
 import flashinfer
 import flashinfer_attention.lengths
-from batches import Paged
-from flashinfer_attention import Workspace, attention, plan_attention, workspace_bytes
+from batches import Paged, plan_of
+from flashinfer_attention import Workspace, attention, workspace_bytes
 from flashinfer_attention.checks import refuse_capture
 from flashinfer_attention.staging import Slot, Staging
 from flashinfer_core.errors import InvalidArgumentError, InvalidTypeError, WorkspaceError
@@ -23,21 +23,6 @@ def ints(*values: int) -> torch.Tensor:
 
 def workspace(size: int = 1 << 20) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8)
-
-
-def plan_of(batch: Paged, **options: Any) -> Any:
-    return plan_attention(
-        q_indptr=batch.q_indptr,
-        kv_indptr=batch.indptr,
-        kv_len=batch.kv_len,
-        num_qo_heads=batch.heads,
-        num_kv_heads=batch.kv_heads,
-        head_dim=batch.dim,
-        page_size=batch.page_size,
-        dtype=batch.dtype,
-        device=batch.device,
-        **options,
-    )
 
 
 class Event:
